@@ -1,0 +1,1 @@
+//! The command that people use; also the all-in-one

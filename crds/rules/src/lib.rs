@@ -1,0 +1,1 @@
+//! Pure decisions: validate, plan, govern, health, supervise, status

@@ -1,0 +1,1 @@
+//! Wire types of Freehold's resources

@@ -1,0 +1,1 @@
+//! Models on candle-core: loading, batching, tokenizing, sampling

@@ -1,0 +1,1 @@
+//! The bus: OpenAI-compatible HTTP in front of workers

@@ -1,0 +1,1 @@
+//! Harness and the suites that cross crates
