@@ -1,0 +1,551 @@
+//! ModelDeployment: a name on the bus and the model behind it.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::common::{Device, KvType, Quantity, Violation};
+
+/// A name on the bus and the model that answers to it. The name stays; the model behind it may be
+/// swapped, moved or restarted.
+#[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[kube(
+    group = "freehold.dev",
+    version = "v1alpha1",
+    kind = "ModelDeployment",
+    namespaced,
+    status = "ModelDeploymentStatus",
+    derive = "PartialEq",
+    derive = "Default",
+    shortname = "md",
+    category = "freehold",
+    doc = "A name on the bus and the model that answers to it. The name stays; the model behind it may be swapped, moved or restarted.",
+    scale(
+        spec_replicas_path = ".spec.replicas",
+        status_replicas_path = ".status.replicas"
+    ),
+    selectable = ".spec.activation.mode",
+    selectable = ".spec.placement.device",
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type=='Ready')].status"
+    ),
+    printcolumn(
+        name = "Status",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type=='Ready')].reason"
+    ),
+    printcolumn(name = "Replicas", type_ = "string", json_path = ".status.replicaSummary"),
+    printcolumn(name = "Model", type_ = "string", json_path = ".status.model.summary"),
+    printcolumn(name = "Nodes", type_ = "string", json_path = ".status.nodeSummary"),
+    printcolumn(
+        name = "Memory",
+        type_ = "string",
+        json_path = ".status.memory.totalSummary",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type=='Ready')].message",
+        priority = 1
+    ),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[x_kube(validation = Rule::new("[has(self.model), has(self.variants), has(self.external)].filter(set, set).size() == 1").message("spec needs exactly one of model, variants or external"))]
+#[x_kube(validation = Rule::new("!has(self.rollout) || !has(self.rollout.strategy) || self.rollout.strategy != 'Surge' || !has(self.placement) || !has(self.placement.surge) || self.placement.surge").message("spec.rollout.strategy Surge needs memory for two revisions, and spec.placement.surge is false: use strategy Replace"))]
+#[x_kube(validation = Rule::new("!has(self.external) || !has(self.activation) || !has(self.activation.mode) || self.activation.mode == 'Always'").message("spec.activation.mode must be Always for an external model: there is nothing to unload"))]
+pub struct ModelDeploymentSpec {
+    /// The one model file behind the name. Exactly one of `model`, `variants` and `external` is set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelSource>,
+    /// Several quantisations of one model, best first. The first that fits a machine is chosen, and
+    /// the arithmetic is shown in `status.plan`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub variants: Vec<ModelVariant>,
+    /// A remote provider behind the same name. Data leaves the machine, so a GovernancePolicy must allow it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external: Option<ExternalModel>,
+    /// Further names for the same model, such as `gpt-4o-mini` for clients that cannot be changed. The
+    /// first name is `metadata.name`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(min = 1, max = 128)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub aliases: Vec<String>,
+    /// On how many machines the model runs. One machine runs at most one replica.
+    #[serde(default = "one")]
+    #[schemars(range(min = 0, max = 64))]
+    pub replicas: u32,
+    /// Which machines and devices may run the model, and with how much memory.
+    #[serde(default)]
+    pub placement: Placement,
+    /// How the engine runs the model.
+    #[serde(default)]
+    pub engine: EngineSettings,
+    /// When the model is in memory.
+    #[serde(default)]
+    pub activation: Activation,
+    /// How a new revision takes the place of the running one.
+    #[serde(default)]
+    pub rollout: Rollout,
+    /// Stops the model and keeps the object: nothing is placed or fetched until this is false again.
+    #[serde(default)]
+    pub suspend: bool,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// Where a model's bytes come from, and what they must be. Exactly one of `path`, `url`,
+/// `huggingFace`, `oci` and `persistentVolumeClaim` is set.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("[has(self.path), has(self.url), has(self.huggingFace), has(self.oci), has(self.persistentVolumeClaim)].filter(set, set).size() == 1").message("a model needs exactly one source: path, url, huggingFace, oci or persistentVolumeClaim"))]
+pub struct ModelSource {
+    /// An absolute path on the machine that runs the model: a GGUF file, or a folder with
+    /// `model.safetensors`, `config.json` and `tokenizer.json`. It is read in place, not copied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^/"), length(max = 4096))]
+    pub path: Option<String>,
+    /// An `https://` or `http://` address of one GGUF file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^https?://"), length(max = 2048))]
+    pub url: Option<String>,
+    /// A file in a repository of the Hugging Face hub, or of a mirror.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugging_face: Option<HuggingFaceSource>,
+    /// An OCI artifact in a registry. Not carried out by this version: the deployment says so and stalls.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oci: Option<OciSource>,
+    /// A file on a volume claim. Not carried out by this version: the deployment says so and stalls.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub persistent_volume_claim: Option<VolumeSource>,
+    /// SHA-256 of the file, 64 lower-case hexadecimal digits. Bytes that differ are thrown away and never loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
+    pub sha256: Option<String>,
+    /// SPDX identifier of the licence under which the model is used, such as `Apache-2.0`. Policies read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub licence: Option<String>,
+    /// Size of the file, if it is known beforehand: lets the operator plan memory before the first fetch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<Quantity>,
+    /// A detached signature over the file. Not carried out by this version: the deployment says so and stalls.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<ModelSignature>,
+}
+
+/// A file on the Hugging Face hub.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HuggingFaceSource {
+    /// Owner and name of the repository, such as `HuggingFaceTB/SmolLM2-135M-Instruct-GGUF`.
+    #[schemars(regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$"))]
+    pub repository: String,
+    /// Path of the file in the repository.
+    #[schemars(length(min = 1, max = 512))]
+    pub file: String,
+    /// Branch, tag or commit. A commit makes the deployment reproducible.
+    #[serde(default = "main_branch")]
+    #[schemars(length(min = 1, max = 128))]
+    pub revision: String,
+    /// Address of a mirror that speaks the hub's protocol; the machine's own setting (`HF_ENDPOINT`) if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^https?://"))]
+    pub endpoint: Option<String>,
+}
+
+fn main_branch() -> String {
+    "main".to_owned()
+}
+
+/// An artifact in an OCI registry.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OciSource {
+    /// Reference with a tag or digest, such as `registry.local/models/smollm2@sha256:…`.
+    #[schemars(length(min = 1, max = 512))]
+    pub reference: String,
+}
+
+/// A file on a PersistentVolumeClaim in the deployment's namespace.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeSource {
+    /// Name of the claim.
+    #[schemars(length(min = 1, max = 253))]
+    pub claim_name: String,
+    /// Path of the file inside the volume.
+    #[schemars(length(min = 1, max = 4096))]
+    pub path: String,
+}
+
+/// A signature over the model's bytes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelSignature {
+    /// Ed25519 public key of the signer, base64.
+    #[schemars(length(min = 1, max = 128))]
+    pub public_key: String,
+    /// The signature, base64.
+    #[schemars(length(min = 1, max = 256))]
+    pub value: String,
+}
+
+/// One quantisation among several.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelVariant {
+    /// Name of the variant, shown in status, such as `q8`.
+    #[schemars(length(min = 1, max = 63))]
+    pub name: String,
+    /// Its model.
+    pub model: ModelSource,
+}
+
+/// A remote provider that speaks the OpenAI API. Not carried out by this version: the deployment says so and stalls.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ExternalModel {
+    /// Base address, such as `https://llm.example.org/v1`.
+    #[schemars(regex(pattern = "^https?://"))]
+    pub endpoint: String,
+    /// The provider's name for the model.
+    #[schemars(length(min = 1, max = 256))]
+    pub model: String,
+    /// Secret in this namespace whose key `apiKey` holds the credential.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_name: Option<String>,
+}
+
+/// Which machines may run the model, on which device, with how much memory.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Placement {
+    /// Labels that a machine (its InferenceNode) must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_selector: Option<LabelSelector>,
+    /// The device that runs the model.
+    #[serde(default)]
+    pub device: Device,
+    /// Memory to reserve for one replica; overrides the arithmetic of weights + KV cache + overhead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Quantity>,
+    /// Whether a rollout may hold two revisions in memory at once.
+    #[serde(default = "yes")]
+    pub surge: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for Placement {
+    fn default() -> Self {
+        Self {
+            node_selector: None,
+            device: Device::Auto,
+            memory: None,
+            surge: true,
+        }
+    }
+}
+
+/// How the engine runs the model.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EngineSettings {
+    /// Longest context in tokens, prompt and answer together. Absent: the model's own, but at most 8192.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 64, max = 1_048_576))]
+    pub context_length: Option<u32>,
+    /// How many requests are decoded at once.
+    #[serde(default = "default_concurrency")]
+    #[schemars(range(min = 1, max = 256))]
+    pub concurrency: u32,
+    /// How many further requests wait; one more is answered 429 with Retry-After.
+    #[serde(default = "default_queue")]
+    #[schemars(range(min = 0, max = 4096))]
+    pub queue: u32,
+    /// Number format of the KV cache.
+    #[serde(default)]
+    pub kv_type: KvType,
+    /// Whether prompts that start alike share their KV cache.
+    #[serde(default = "yes")]
+    pub prefix_cache: bool,
+    /// Compute threads; absent: the machine's cores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 512))]
+    pub threads: Option<u32>,
+}
+
+fn default_concurrency() -> u32 {
+    4
+}
+
+fn default_queue() -> u32 {
+    32
+}
+
+impl Default for EngineSettings {
+    fn default() -> Self {
+        Self {
+            context_length: None,
+            concurrency: default_concurrency(),
+            queue: default_queue(),
+            kv_type: KvType::F16,
+            prefix_cache: true,
+            threads: None,
+        }
+    }
+}
+
+/// When the model is in memory.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Activation {
+    /// Always in memory, or loaded by the first request.
+    #[serde(default)]
+    pub mode: ActivationMode,
+    /// With `OnDemand`: seconds without a request after which the model leaves memory.
+    #[serde(default = "default_idle_seconds")]
+    #[schemars(range(min = 1, max = 604_800))]
+    pub idle_seconds: u32,
+}
+
+fn default_idle_seconds() -> u32 {
+    300
+}
+
+impl Default for Activation {
+    fn default() -> Self {
+        Self {
+            mode: ActivationMode::Always,
+            idle_seconds: default_idle_seconds(),
+        }
+    }
+}
+
+/// When a model is in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ActivationMode {
+    /// Loaded as long as the deployment exists.
+    #[default]
+    Always,
+    /// Loaded by the first request, unloaded after `idleSeconds`.
+    OnDemand,
+}
+
+/// How a new revision takes the place of the running one.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rollout {
+    /// Surge, Replace, or the one that memory allows.
+    #[serde(default)]
+    pub strategy: RolloutStrategy,
+    /// Seconds within which the new revision must be Ready; past that the last good one is put back.
+    #[serde(default = "default_rollout_deadline")]
+    #[schemars(range(min = 1, max = 86_400))]
+    pub deadline_seconds: u32,
+}
+
+fn default_rollout_deadline() -> u32 {
+    1800
+}
+
+/// How a rollout uses memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RolloutStrategy {
+    /// Surge where a machine has room for both revisions, else Replace.
+    #[default]
+    Auto,
+    /// The new revision becomes Ready beside the old one before the name moves: no request fails.
+    Surge,
+    /// The old revision stops before the new one loads: less memory, a pause in serving.
+    Replace,
+}
+
+/// What the operator knows of a deployment.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelDeploymentStatus {
+    /// The generation of the spec that this status speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Ready, Reconciling, Stalled, PolicyCompliant, ModelVerified, AcceleratorDegraded, Healthy.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+    /// Replicas that are placed.
+    #[serde(default)]
+    pub replicas: u32,
+    /// Replicas that answer (or, on demand, would).
+    #[serde(default)]
+    pub ready_replicas: u32,
+    /// Ready and wanted replicas, as `1/1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica_summary: Option<String>,
+    /// The machines that hold a replica, for the eye.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_summary: Option<String>,
+    /// The names under which clients reach the model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<String>,
+    /// Base addresses of the gateways that route to it, for an OpenAI client's `base_url`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub endpoints: Vec<String>,
+    /// What the model turned out to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelFacts>,
+    /// Memory of one replica, as arithmetic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryEstimate>,
+    /// The revision that the spec asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// The last revision that became Ready, which a rollback puts back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stable: Option<StableRevision>,
+    /// The replicas, one by one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub instances: Vec<DeploymentInstance>,
+    /// Why each machine was or was not chosen.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plan: Vec<PlanReason>,
+    /// The rules that the deployment breaks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub violations: Vec<Violation>,
+    /// The latest result of each probe that selects the deployment.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub health: Vec<HealthSummary>,
+}
+
+/// What a model file turned out to be.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelFacts {
+    /// One line for the eye, such as `llama 135M Q4_1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<String>,
+    /// SHA-256 of the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// Whether that digest was asked for and matched.
+    #[serde(default)]
+    pub verified: bool,
+    /// `gguf` or `safetensors`.
+    #[serde(default)]
+    pub format: String,
+    /// Architecture, such as `llama`.
+    #[serde(default)]
+    pub architecture: String,
+    /// Quantisation label, such as `Q4_1`.
+    #[serde(default)]
+    pub quantization: String,
+    /// What the model does: `generate` or `embed`.
+    #[serde(default)]
+    pub task: String,
+    /// Number of parameters.
+    #[serde(default)]
+    pub parameters: u64,
+    /// Size of the file in bytes.
+    #[serde(default)]
+    pub file_bytes: u64,
+    /// Bytes of the weights in memory.
+    #[serde(default)]
+    pub weight_bytes: u64,
+    /// Bytes of KV cache for one token with the KV type in use.
+    #[serde(default)]
+    pub kv_bytes_per_token: u64,
+    /// The model's own longest context in tokens.
+    #[serde(default)]
+    pub context_length: u32,
+}
+
+/// Memory of one replica: weights + KV cache + overhead.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryEstimate {
+    /// Bytes of the weights.
+    pub weight_bytes: u64,
+    /// Bytes of the KV cache at the full context of every concurrent request.
+    pub kv_bytes: u64,
+    /// Bytes for activations, tokenizer and code.
+    pub overhead_bytes: u64,
+    /// The sum, or what `spec.placement.memory` says.
+    pub total_bytes: u64,
+    /// The sum for the eye, such as `412 MiB`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_summary: Option<String>,
+    /// The arithmetic in one line.
+    pub arithmetic: String,
+}
+
+/// A revision that served, kept so that it can be put back.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StableRevision {
+    /// Name of the revision.
+    pub revision: String,
+    /// Its model.
+    pub model: ModelSource,
+    /// Its engine settings.
+    pub engine: EngineSettings,
+}
+
+/// One replica of a deployment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeploymentInstance {
+    /// Node and revision, unique among the replicas.
+    pub name: String,
+    /// The machine.
+    pub node: String,
+    /// The revision.
+    pub revision: String,
+    /// Where it stands: Pending, Fetching, Verifying, Loading, Ready, Idle, Draining, Backoff, Failed, Refused.
+    pub phase: String,
+    /// What a person should know of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// How often its worker was restarted.
+    #[serde(default)]
+    pub restarts: u32,
+}
+
+/// Why a machine was, or was not, chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PlanReason {
+    /// The machine.
+    pub node: String,
+    /// `Chosen`, `Kept`, `Rejected` or `Spare`.
+    pub decision: String,
+    /// The reason, with its numbers.
+    pub reason: String,
+}
+
+/// Latest result of one probe's check on one machine.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HealthSummary {
+    /// The HealthProbe.
+    pub probe: String,
+    /// The check in it.
+    pub check: String,
+    /// The machine.
+    pub node: String,
+    /// `Healthy`, `Failing` or `Unknown`.
+    pub state: String,
+    /// What was seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
