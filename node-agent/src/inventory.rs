@@ -1,0 +1,169 @@
+//! What this machine has: processor, memory, disk, accelerators.
+
+use std::fs;
+use std::path::Path;
+
+use freehold_crds::Device;
+use freehold_crds::inference_node::{Accelerator, Inventory};
+
+/// Memory that models never get: the system's and the agent's own share, the larger of an eighth and this.
+const SYSTEM_RESERVE_BYTES: u64 = 512 << 20;
+const GIB: u64 = 1 << 30;
+
+/// Reads the machine. `data_dir` tells which disk the model store is on; `memory_limit` is the owner's
+/// own bound for all models together.
+#[must_use]
+pub fn read(data_dir: &Path, memory_limit: Option<u64>) -> Inventory {
+    let memory_bytes = memory_bytes();
+    let reserve = SYSTEM_RESERVE_BYTES.max(memory_bytes / 8);
+    let allocatable = memory_bytes.saturating_sub(reserve);
+    let allocatable_bytes = memory_limit.map_or(allocatable, |limit| limit.min(memory_bytes));
+    let (disk_bytes, disk_free) = rustix::fs::statvfs(data_dir)
+        .map(|disk| (disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize))
+        .unwrap_or((0, 0));
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let devices = nvidia::devices();
+    let cpu = cpu_name();
+    let accelerators = devices.iter().map(|device| format!("{} {}", device.name, gib(device.memory_bytes)));
+    let device_summary =
+        std::iter::once(format!("{cores} cores")).chain(accelerators).collect::<Vec<_>>().join(", ");
+    Inventory {
+        os: std::env::consts::OS.to_owned(),
+        architecture: std::env::consts::ARCH.to_owned(),
+        cpu,
+        cores: u32::try_from(cores).unwrap_or(u32::MAX),
+        memory_bytes,
+        allocatable_bytes,
+        memory_summary: Some(format!("{} of {}", gib(allocatable_bytes), gib(memory_bytes))),
+        disk_bytes,
+        disk_free_bytes: disk_free / GIB * GIB,
+        devices,
+        device_summary: Some(device_summary),
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / GIB as f64)
+}
+
+/// Installed memory, or the container's limit where that is lower.
+fn memory_bytes() -> u64 {
+    let installed = fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo_total(&text));
+    let installed = installed.or_else(mac_memory_bytes).unwrap_or(0);
+    let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limit = limits.iter().find_map(|path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());
+    match limit {
+        Some(limit) if installed > 0 => installed.min(limit),
+        _ => installed,
+    }
+}
+
+fn meminfo_total(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// `sysctl hw.memsize`, where there is no /proc.
+fn mac_memory_bytes() -> Option<u64> {
+    sysctl("hw.memsize")?.parse().ok()
+}
+
+fn sysctl(name: &str) -> Option<String> {
+    if !cfg!(target_os = "macos") {
+        return None;
+    }
+    let output = std::process::Command::new("/usr/sbin/sysctl").args(["-n", name]).output().ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn cpu_name() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| {
+        let line = info.lines().find(|line| line.starts_with(name))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    };
+    field("model name")
+        .or_else(|| field("Model"))
+        .or_else(|| sysctl("machdep.cpu.brand_string"))
+        .unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+}
+
+/// NVIDIA GPUs, read from the driver's files, which need no library and no unsafe code.
+mod nvidia {
+    use super::{Accelerator, Device, Path, fs};
+
+    const DRIVER: &str = "/proc/driver/nvidia";
+
+    /// The GPUs that the driver shows. Memory comes from `nvidia-smi`, which ships with the driver.
+    pub(super) fn devices() -> Vec<Accelerator> {
+        if !Path::new(DRIVER).exists() {
+            return Vec::new();
+        }
+        let query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"];
+        match std::process::Command::new("nvidia-smi").args(query).output() {
+            Ok(output) if output.status.success() => parse(&String::from_utf8_lossy(&output.stdout)),
+            _ => from_proc(),
+        }
+    }
+
+    /// One line a GPU: `NVIDIA GeForce RTX 3060, 12288, 580.95`.
+    pub(super) fn parse(text: &str) -> Vec<Accelerator> {
+        text.lines()
+            .filter_map(|line| {
+                let mut fields = line.split(',').map(str::trim);
+                let (name, mib, driver) = (fields.next()?, fields.next()?, fields.next()?);
+                Some(Accelerator {
+                    kind: Device::Cuda,
+                    name: name.to_owned(),
+                    memory_bytes: mib.parse::<u64>().ok()? << 20,
+                    driver: Some(driver.to_owned()),
+                    usable: cfg!(feature = "cuda"),
+                })
+            })
+            .collect()
+    }
+
+    /// Names only, where `nvidia-smi` is not installed.
+    fn from_proc() -> Vec<Accelerator> {
+        let Ok(entries) = fs::read_dir(format!("{DRIVER}/gpus")) else { return Vec::new() };
+        let name = |folder: &Path| {
+            let text = fs::read_to_string(folder.join("information")).ok()?;
+            Some(text.lines().find_map(|line| line.strip_prefix("Model:"))?.trim().to_owned())
+        };
+        let names = entries.flatten().filter_map(|entry| name(&entry.path()));
+        names
+            .map(|name| Accelerator { kind: Device::Cuda, name, memory_bytes: 0, driver: None, usable: false })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_has_memory_cores_and_a_disk() {
+        let inventory = read(Path::new("/"), None);
+        assert!(inventory.memory_bytes > GIB / 2, "{inventory:?}");
+        assert!(inventory.allocatable_bytes < inventory.memory_bytes);
+        assert!(inventory.cores >= 1 && inventory.disk_bytes > 0);
+    }
+
+    #[test]
+    fn an_owners_limit_bounds_what_models_may_take() {
+        assert_eq!(read(Path::new("/"), Some(1 << 20)).allocatable_bytes, 1 << 20);
+    }
+
+    #[test]
+    fn gpus_are_read_from_the_drivers_own_words() {
+        let gpus = nvidia::parse("NVIDIA GeForce RTX 3060, 12288, 580.95.05\nbroken line\n");
+        assert_eq!(gpus.len(), 1);
+        assert_eq!((gpus[0].name.as_str(), gpus[0].memory_bytes), ("NVIDIA GeForce RTX 3060", 12 << 30));
+    }
+
+    #[test]
+    fn meminfo_reads_kibibytes() {
+        assert_eq!(meminfo_total("MemTotal:       16384 kB\nMemFree: 1 kB"), Some(16_777_216));
+    }
+}
