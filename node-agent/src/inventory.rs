@@ -22,7 +22,7 @@ pub fn read(data_dir: &Path, memory_limit: Option<u64>) -> Inventory {
         .map(|disk| (disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize))
         .unwrap_or((0, 0));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let devices = nvidia::devices();
+    let devices = nvidia_devices();
     let cpu = cpu_name();
     let accelerators = devices.iter().map(|device| format!("{} {}", device.name, gib(device.memory_bytes)));
     let device_summary =
@@ -89,53 +89,20 @@ fn cpu_name() -> String {
         .unwrap_or_else(|| std::env::consts::ARCH.to_owned())
 }
 
-/// NVIDIA GPUs, read from the driver's files, which need no library and no unsafe code.
-mod nvidia {
-    use super::{Accelerator, Device, Path, fs};
-
-    const DRIVER: &str = "/proc/driver/nvidia";
-
-    /// The GPUs that the driver shows. Memory comes from `nvidia-smi`, which ships with the driver.
-    pub(super) fn devices() -> Vec<Accelerator> {
-        if !Path::new(DRIVER).exists() {
-            return Vec::new();
-        }
-        let query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"];
-        match std::process::Command::new("nvidia-smi").args(query).output() {
-            Ok(output) if output.status.success() => parse(&String::from_utf8_lossy(&output.stdout)),
-            _ => from_proc(),
-        }
-    }
-
-    /// One line a GPU: `NVIDIA GeForce RTX 3060, 12288, 580.95`.
-    pub(super) fn parse(text: &str) -> Vec<Accelerator> {
-        text.lines()
-            .filter_map(|line| {
-                let mut fields = line.split(',').map(str::trim);
-                let (name, mib, driver) = (fields.next()?, fields.next()?, fields.next()?);
-                Some(Accelerator {
-                    kind: Device::Cuda,
-                    name: name.to_owned(),
-                    memory_bytes: mib.parse::<u64>().ok()? << 20,
-                    driver: Some(driver.to_owned()),
-                    usable: cfg!(feature = "cuda"),
-                })
-            })
-            .collect()
-    }
-
-    /// Names only, where `nvidia-smi` is not installed.
-    fn from_proc() -> Vec<Accelerator> {
-        let Ok(entries) = fs::read_dir(format!("{DRIVER}/gpus")) else { return Vec::new() };
-        let name = |folder: &Path| {
-            let text = fs::read_to_string(folder.join("information")).ok()?;
-            Some(text.lines().find_map(|line| line.strip_prefix("Model:"))?.trim().to_owned())
-        };
-        let names = entries.flatten().filter_map(|entry| name(&entry.path()));
-        names
-            .map(|name| Accelerator { kind: Device::Cuda, name, memory_bytes: 0, driver: None, usable: false })
-            .collect()
-    }
+/// NVIDIA GPUs as the driver's own library (NVML) tells them; none where the library is not installed.
+fn nvidia_devices() -> Vec<Accelerator> {
+    let Ok(nvml) = nvml_wrapper::Nvml::init() else { return Vec::new() };
+    let driver = nvml.sys_driver_version().ok();
+    let devices = (0..nvml.device_count().unwrap_or(0)).filter_map(|index| nvml.device_by_index(index).ok());
+    devices
+        .map(|device| Accelerator {
+            kind: Device::Cuda,
+            name: device.name().unwrap_or_else(|_| "NVIDIA GPU".to_owned()),
+            memory_bytes: device.memory_info().map_or(0, |memory| memory.total),
+            driver: driver.clone(),
+            usable: cfg!(feature = "cuda"),
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -153,13 +120,6 @@ mod tests {
     #[test]
     fn an_owners_limit_bounds_what_models_may_take() {
         assert_eq!(read(Path::new("/"), Some(1 << 20)).allocatable_bytes, 1 << 20);
-    }
-
-    #[test]
-    fn gpus_are_read_from_the_drivers_own_words() {
-        let gpus = nvidia::parse("NVIDIA GeForce RTX 3060, 12288, 580.95.05\nbroken line\n");
-        assert_eq!(gpus.len(), 1);
-        assert_eq!((gpus[0].name.as_str(), gpus[0].memory_bytes), ("NVIDIA GeForce RTX 3060", 12 << 30));
     }
 
     #[test]
