@@ -1,0 +1,590 @@
+//! The whole API as one function from request to response.
+//!
+//! It is served in process (as a tower service), on localhost with TLS, and in tests; it does not know
+//! which. Start reading at [`Api::handle`].
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::Bytes;
+use http::header::{ACCEPT, CONTENT_TYPE, USER_AGENT};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Limited};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::discovery;
+use crate::error::ApiError;
+use crate::listing;
+use crate::registry::{FieldValidation, Patch, Registry, Target, WriteOptions, Written};
+use crate::removal::DeleteOptions;
+use crate::selector::Selector;
+use crate::table;
+use crate::watch::{View, WatchOptions, watch};
+
+/// Largest body of a request, as in the API server.
+const BODY_LIMIT: usize = 3 << 20;
+/// How long a watch lasts unless it asks for less.
+const WATCH_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Who asks.
+#[derive(Clone, Debug)]
+pub(crate) struct User {
+    pub(crate) name: String,
+    pub(crate) groups: Vec<String>,
+}
+
+/// The API.
+#[derive(Clone)]
+pub(crate) struct Api {
+    pub(crate) registry: Arc<Registry>,
+    /// Ends the watches.
+    pub(crate) shutdown: CancellationToken,
+}
+
+/// A path that names objects.
+struct ObjectPath {
+    resource: usize,
+    namespace: String,
+    name: String,
+    subresource: String,
+}
+
+impl Api {
+    /// Answers one request.
+    pub(crate) async fn handle<B>(&self, request: Request<B>, user: &User) -> Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let (parts, body) = request.into_parts();
+        let body = match Limited::new(body, BODY_LIMIT).collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(error) if error.is::<http_body_util::LengthLimitError>() => {
+                return error_response(&ApiError::too_large(BODY_LIMIT));
+            }
+            Err(error) => {
+                return error_response(&ApiError::bad_request(format!(
+                    "failed to read the body: {error}"
+                )));
+            }
+        };
+        match self.answer(&parts, body, user).await {
+            Ok(response) => response,
+            Err(error) => {
+                if error.code.is_server_error() {
+                    tracing::error!(method = %parts.method, path = parts.uri.path(), error = error.message, "Failed to answer API request");
+                }
+                error_response(&error)
+            }
+        }
+    }
+
+    async fn answer(
+        &self,
+        parts: &http::request::Parts,
+        body: Bytes,
+        user: &User,
+    ) -> Result<Response<Body>, ApiError> {
+        let path = parts.uri.path().trim_end_matches('/');
+        let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
+        let resources = &self.registry.resources;
+        let document = match segments.as_slice() {
+            ["healthz" | "livez" | "readyz", ..] => return Ok(text_response("ok")),
+            ["version"] => Some(discovery::version()),
+            ["api"] => Some(discovery::core_versions()),
+            ["apis"] => Some(discovery::group_list(resources)),
+            ["apis", group] => discovery::one_group(resources, group),
+            ["api", version] => discovery::resource_list(resources, "", version),
+            ["apis", group, version] => discovery::resource_list(resources, group, version),
+            ["openapi", "v3"] => Some(discovery::openapi_index(resources)),
+            ["openapi", "v3", "api", version] => discovery::openapi_document(resources, "", version),
+            ["openapi", "v3", "apis", group, version] => {
+                discovery::openapi_document(resources, group, version)
+            }
+            _ => {
+                let path = self.object_path(&segments).ok_or_else(ApiError::no_resource)?;
+                return self.objects(parts, &path, body, user).await;
+            }
+        };
+        if parts.method != Method::GET {
+            return Err(ApiError::method_not_allowed());
+        }
+        Ok(json_response(
+            StatusCode::OK,
+            &document.ok_or_else(ApiError::no_resource)?,
+        ))
+    }
+
+    fn object_path(&self, segments: &[&str]) -> Option<ObjectPath> {
+        let (group, version, rest) = match segments {
+            ["api", version, rest @ ..] => ("", *version, rest),
+            ["apis", group, version, rest @ ..] => (*group, *version, rest),
+            _ => return None,
+        };
+        let find = |plural: &str, namespaced: Option<bool>| {
+            self.registry.resources.iter().position(|r| {
+                r.group == group
+                    && r.version == version
+                    && r.plural == plural
+                    && namespaced.is_none_or(|n| r.namespaced == n)
+            })
+        };
+        // `/namespaces/x/things` is about things; `/namespaces/x` and `/namespaces/x/status` about x.
+        if let ["namespaces", namespace, plural, rest @ ..] = rest
+            && let Some(resource) = find(plural, Some(true))
+        {
+            let name = rest.first().copied().unwrap_or_default();
+            let subresource = rest.get(1).copied().unwrap_or_default();
+            let path = ObjectPath {
+                resource,
+                namespace: decode(namespace),
+                name: decode(name),
+                subresource: subresource.to_owned(),
+            };
+            return (rest.len() <= 2).then_some(path);
+        }
+        let plural = rest.first()?;
+        let resource = find(plural, None)?;
+        let name = rest.get(1).copied().unwrap_or_default();
+        let subresource = rest.get(2).copied().unwrap_or_default();
+        let path = ObjectPath {
+            resource,
+            namespace: String::new(),
+            name: decode(name),
+            subresource: subresource.to_owned(),
+        };
+        (rest.len() <= 3).then_some(path)
+    }
+
+    async fn objects(
+        &self,
+        parts: &http::request::Parts,
+        path: &ObjectPath,
+        body: Bytes,
+        user: &User,
+    ) -> Result<Response<Body>, ApiError> {
+        let resource = self
+            .registry
+            .resources
+            .get(path.resource)
+            .ok_or_else(ApiError::no_resource)?;
+        if !path.subresource.is_empty() && !(path.subresource == "status" && resource.status_subresource) {
+            return Err(ApiError::no_resource());
+        }
+        let query: HashMap<String, String> =
+            form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes())
+                .into_owned()
+                .collect();
+        let named = !path.name.is_empty();
+        let read_only = !resource.verbs.contains(&"update");
+        match (&parts.method, named) {
+            (&Method::GET, _) => self.read(parts, path, &query).await,
+            (&Method::POST, false) if resource.verbs == ["create"] => review(resource, &body, user),
+            _ if read_only => Err(ApiError::method_not_allowed()),
+            (&Method::POST, false)
+            | (&Method::PUT | &Method::PATCH | &Method::DELETE, true)
+            | (&Method::DELETE, false) => self.write(parts, path, body, query).await,
+            _ => Err(ApiError::method_not_allowed()),
+        }
+    }
+
+    async fn read(
+        &self,
+        parts: &http::request::Parts,
+        path: &ObjectPath,
+        query: &HashMap<String, String>,
+    ) -> Result<Response<Body>, ApiError> {
+        let resource = self
+            .registry
+            .resources
+            .get(path.resource)
+            .ok_or_else(ApiError::no_resource)?;
+        let view = view(&parts.headers, query);
+        let get = |name: &str| {
+            query
+                .get(name)
+                .map(String::as_str)
+                .filter(|value| !value.is_empty())
+        };
+        let flag = |name: &str| matches!(get(name), Some("true" | "1"));
+        let mut selector = Selector::parse(resource, get("labelSelector"), get("fieldSelector"))?;
+        if flag("watch") {
+            if !path.name.is_empty() {
+                let by_name = format!("metadata.name={}", path.name);
+                selector = Selector::parse(resource, get("labelSelector"), Some(&by_name))?;
+            }
+            let after = match get("resourceVersion") {
+                None | Some("0") => None,
+                Some(text) => Some(parse_revision(text)?),
+            };
+            let asked = get("timeoutSeconds")
+                .and_then(|text| text.parse().ok())
+                .map(Duration::from_secs);
+            let options = WatchOptions {
+                namespace: path.namespace.clone(),
+                selector,
+                after,
+                bookmarks: flag("allowWatchBookmarks"),
+                initial_events: flag("sendInitialEvents"),
+                timeout: asked.unwrap_or(WATCH_TIMEOUT).min(WATCH_TIMEOUT),
+                view,
+            };
+            let stream = watch(
+                Arc::clone(&self.registry),
+                path.resource,
+                options,
+                self.shutdown.child_token(),
+            )?;
+            return Ok(response(
+                StatusCode::OK,
+                "application/json",
+                Body::from_stream(stream),
+            ));
+        }
+        if path.name.is_empty() {
+            let list = listing::list(&self.registry, resource, &path.namespace, &selector, query, &view)?;
+            return Ok(json_response(StatusCode::OK, &list));
+        }
+        let object = listing::get(&self.registry, resource, &path.namespace, &path.name)?;
+        Ok(json_response(StatusCode::OK, &shown(resource, &object, &view)))
+    }
+
+    async fn write(
+        &self,
+        parts: &http::request::Parts,
+        path: &ObjectPath,
+        body: Bytes,
+        query: HashMap<String, String>,
+    ) -> Result<Response<Body>, ApiError> {
+        let options = write_options(&parts.headers, &query)?;
+        let action = action(&parts.method, &parts.headers, body, &path.name)?;
+        let (registry, resource) = (Arc::clone(&self.registry), path.resource);
+        let (namespace, name, subresource) = (
+            path.namespace.clone(),
+            path.name.clone(),
+            path.subresource.clone(),
+        );
+        // Off the async threads: a write waits for the disk.
+        let outcome = tokio::task::spawn_blocking(move || {
+            let resource = registry
+                .resources
+                .get(resource)
+                .ok_or_else(ApiError::no_resource)?;
+            let target = Target {
+                resource,
+                namespace: &namespace,
+                name: &name,
+                subresource: &subresource,
+            };
+            perform(&registry, target, action, &query, &options)
+        });
+        let outcome = outcome
+            .await
+            .map_err(|error| ApiError::internal(format!("the write ended unexpectedly: {error}")))??;
+        let resource = self
+            .registry
+            .resources
+            .get(path.resource)
+            .ok_or_else(ApiError::no_resource)?;
+        let mut response = json_response(
+            outcome.code,
+            &match outcome.object {
+                Some(object) => shown(
+                    resource,
+                    &Registry::served(resource, &object),
+                    &view(&parts.headers, &HashMap::new()),
+                ),
+                None => outcome.document,
+            },
+        );
+        for warning in outcome.warnings {
+            let text = format!("299 - \"{}\"", warning.replace(['"', '\\'], "'"));
+            if let Ok(value) = HeaderValue::from_str(&text) {
+                response.headers_mut().append("Warning", value);
+            }
+        }
+        Ok(response)
+    }
+}
+
+/// What a write is.
+enum Action {
+    Create(Value),
+    Update(Value),
+    Patch(Patch),
+    Delete(DeleteOptions),
+    DeleteCollection,
+}
+
+struct Outcome {
+    code: StatusCode,
+    object: Option<Arc<Value>>,
+    document: Value,
+    warnings: Vec<String>,
+}
+
+fn perform(
+    registry: &Registry,
+    target: Target<'_>,
+    action: Action,
+    query: &HashMap<String, String>,
+    options: &WriteOptions,
+) -> Result<Outcome, ApiError> {
+    let written = |written: Written| Outcome {
+        code: if written.created {
+            StatusCode::CREATED
+        } else {
+            StatusCode::OK
+        },
+        object: Some(written.object),
+        document: Value::Null,
+        warnings: written.warnings,
+    };
+    match action {
+        Action::Create(body) => registry.create(target, body, options).map(written),
+        Action::Update(body) => registry.update(target, body, options).map(written),
+        Action::Patch(patch) => registry.patch(target, patch, options).map(written),
+        Action::Delete(wanted) => {
+            let (object, gone) = registry.delete(target, &wanted, options)?;
+            let uid = object.pointer("/metadata/uid").cloned().unwrap_or_default();
+            let details = json!({"name": target.name, "group": target.resource.group, "kind": target.resource.plural, "uid": uid});
+            let document = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
+            // As the API server: a Status once it is gone, the object while finalizers hold it.
+            Ok(Outcome {
+                code: StatusCode::OK,
+                object: (!gone).then_some(object),
+                document,
+                warnings: Vec::new(),
+            })
+        }
+        Action::DeleteCollection => {
+            let get = |name: &str| query.get(name).map(String::as_str);
+            let selector = Selector::parse(target.resource, get("labelSelector"), get("fieldSelector"))?;
+            let deleted = registry.delete_collection(target, &selector, options)?;
+            let items: Vec<Value> = deleted
+                .iter()
+                .map(|object| Registry::served(target.resource, object))
+                .collect();
+            let document = listing::list_document(
+                target.resource,
+                items,
+                json!({"resourceVersion": registry.store.revision().to_string()}),
+            );
+            Ok(Outcome {
+                code: StatusCode::OK,
+                object: None,
+                document,
+                warnings: Vec::new(),
+            })
+        }
+    }
+}
+
+fn action(method: &Method, headers: &HeaderMap, body: Bytes, name: &str) -> Result<Action, ApiError> {
+    let content_type = headers
+        .get(CONTENT_TYPE)
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or("application/json");
+    let media_type = content_type.split(';').next().unwrap_or_default().trim();
+    Ok(match *method {
+        Method::POST => Action::Create(parse_body(media_type, &body)?),
+        Method::PUT => Action::Update(parse_body(media_type, &body)?),
+        Method::PATCH => {
+            let value = |media_type| parse_body(media_type, &body);
+            Action::Patch(match media_type {
+                "application/json-patch+json" => Patch::Json(value("application/json")?),
+                "application/merge-patch+json" => Patch::Merge(value("application/json")?),
+                "application/strategic-merge-patch+json" => Patch::Strategic(value("application/json")?),
+                "application/apply-patch+yaml" => Patch::Apply(value("application/yaml")?),
+                other => {
+                    let allowed = "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml";
+                    return Err(ApiError::unsupported_media_type(other, allowed));
+                }
+            })
+        }
+        _ if name.is_empty() => Action::DeleteCollection,
+        _ => {
+            let options = if body.is_empty() {
+                Value::Null
+            } else {
+                parse_body(media_type, &body)?
+            };
+            let text = |pointer: &str| {
+                options
+                    .pointer(pointer)
+                    .and_then(Value::as_str)
+                    .map(str::to_owned)
+            };
+            Action::Delete(DeleteOptions {
+                uid: text("/preconditions/uid"),
+                resource_version: text("/preconditions/resourceVersion"),
+                orphan: text("/propagationPolicy").as_deref() == Some("Orphan"),
+            })
+        }
+    })
+}
+
+fn parse_body(media_type: &str, body: &[u8]) -> Result<Value, ApiError> {
+    match media_type {
+        "application/json" | "" => serde_json::from_slice(body)
+            .map_err(|error| ApiError::bad_request(format!("the body is not valid JSON: {error}"))),
+        "application/yaml" => {
+            let text = std::str::from_utf8(body)
+                .map_err(|error| ApiError::bad_request(format!("the body is not valid UTF-8: {error}")))?;
+            // JSON is YAML too, and much quicker to read as what it is.
+            serde_json::from_str(text)
+                .or_else(|_| serde_yaml::from_str(text))
+                .map_err(|error| ApiError::bad_request(format!("the body is not valid YAML: {error}")))
+        }
+        other => Err(ApiError::unsupported_media_type(
+            other,
+            "application/json, application/yaml",
+        )),
+    }
+}
+
+fn write_options(headers: &HeaderMap, query: &HashMap<String, String>) -> Result<WriteOptions, ApiError> {
+    let get = |name: &str| {
+        query
+            .get(name)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
+    };
+    let dry_run = match get("dryRun") {
+        None => false,
+        Some("All") => true,
+        Some(other) => {
+            return Err(ApiError::bad_request(format!(
+                "dryRun is {other:?}; supported values: \"All\""
+            )));
+        }
+    };
+    let field_validation = match get("fieldValidation") {
+        None | Some("Warn") => FieldValidation::Warn,
+        Some("Strict") => FieldValidation::Strict,
+        Some("Ignore") => FieldValidation::Ignore,
+        Some(other) => {
+            return Err(ApiError::bad_request(format!(
+                "fieldValidation is {other:?}; supported values: \"Ignore\", \"Warn\", \"Strict\""
+            )));
+        }
+    };
+    let agent = headers
+        .get(USER_AGENT)
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or("unknown");
+    let from_agent = agent.split(['/', ' ']).next().unwrap_or("unknown");
+    let field_manager = get("fieldManager").unwrap_or(from_agent);
+    if field_manager.chars().count() > 128 {
+        return Err(ApiError::bad_request(
+            "fieldManager may not be longer than 128 characters",
+        ));
+    }
+    Ok(WriteOptions {
+        dry_run,
+        field_manager: field_manager.to_owned(),
+        field_validation,
+        force: matches!(get("force"), Some("true" | "1")),
+        now: crate::now(),
+    })
+}
+
+/// `kubectl auth whoami` and `kubectl auth can-i`.
+fn review(
+    resource: &crate::resource::Resource,
+    body: &Bytes,
+    user: &User,
+) -> Result<Response<Body>, ApiError> {
+    let mut review: Value = if body.is_empty() {
+        json!({})
+    } else {
+        parse_body("application/json", body)?
+    };
+    if !review.is_object() {
+        return Err(ApiError::bad_request(format!(
+            "the body must be a {} object",
+            resource.kind
+        )));
+    }
+    review["apiVersion"] = json!(resource.api_version());
+    review["kind"] = json!(resource.kind);
+    review["status"] = if resource.kind == "SelfSubjectReview" {
+        json!({"userInfo": {"username": user.name, "groups": user.groups}})
+    } else {
+        json!({"allowed": true, "reason": "the holder of this machine's token may do everything"})
+    };
+    Ok(json_response(StatusCode::CREATED, &review))
+}
+
+fn view(headers: &HeaderMap, query: &HashMap<String, String>) -> View {
+    let accept = headers
+        .get(ACCEPT)
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or_default();
+    for option in accept.split(',') {
+        if option.contains("as=Table") {
+            return View::Table(query.get("includeObject").cloned().unwrap_or_default());
+        }
+        if option.contains("as=PartialObjectMetadata") {
+            return View::Partial;
+        }
+        if option.trim().starts_with("application/json") || option.trim() == "*/*" {
+            return View::Object;
+        }
+    }
+    View::Object
+}
+
+fn shown(resource: &crate::resource::Resource, object: &Value, view: &View) -> Value {
+    match view {
+        View::Object => object.clone(),
+        View::Partial => table::partial(object),
+        View::Table(include) => {
+            let revision = object
+                .pointer("/metadata/resourceVersion")
+                .cloned()
+                .unwrap_or_default();
+            table::table(resource, &[object], json!({"resourceVersion": revision}), include)
+        }
+    }
+}
+
+/// Reads a resource version.
+pub(crate) fn parse_revision(text: &str) -> Result<u64, ApiError> {
+    text.parse().map_err(|_| {
+        ApiError::bad_request(format!(
+            "resourceVersion: Invalid value: {text:?}: must be a number that this server gave out"
+        ))
+    })
+}
+
+fn decode(segment: &str) -> String {
+    percent_encoding::percent_decode_str(segment)
+        .decode_utf8_lossy()
+        .into_owned()
+}
+
+fn response(code: StatusCode, content_type: &'static str, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = code;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+fn json_response(code: StatusCode, value: &Value) -> Response<Body> {
+    response(code, "application/json", Body::from(value.to_string()))
+}
+
+fn text_response(text: &'static str) -> Response<Body> {
+    response(StatusCode::OK, "text/plain; charset=utf-8", Body::from(text))
+}
+
+/// An error as the API tells it.
+pub(crate) fn error_response(error: &ApiError) -> Response<Body> {
+    json_response(error.code, &error.to_status())
+}

@@ -1,0 +1,167 @@
+//! Reading one object, or many: selectors, pages, tables.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde_json::{Value, json};
+
+use crate::error::ApiError;
+use crate::http::parse_revision;
+use crate::registry::Registry;
+use crate::resource::Resource;
+use crate::selector::Selector;
+use crate::store::Key;
+use crate::table;
+use crate::watch::View;
+
+/// One object.
+pub(crate) fn get(
+    registry: &Registry,
+    resource: &Resource,
+    namespace: &str,
+    name: &str,
+) -> Result<Value, ApiError> {
+    let object = if resource.kind == "CustomResourceDefinition" {
+        registry
+            .crds
+            .iter()
+            .find(|crd| crd.pointer("/metadata/name").and_then(Value::as_str) == Some(name))
+            .cloned()
+    } else {
+        registry
+            .store
+            .get(&Key::new(&resource.storage, namespace, name))
+            .map(|object| Registry::served(resource, &object))
+    };
+    object.ok_or_else(|| ApiError::not_found(&resource.group, &resource.plural, name))
+}
+
+/// Where the next page begins.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Continue {
+    revision: u64,
+    namespace: String,
+    name: String,
+}
+
+/// Many objects, as the view wants them.
+pub(crate) fn list(
+    registry: &Registry,
+    resource: &Resource,
+    namespace: &str,
+    selector: &Selector,
+    query: &HashMap<String, String>,
+    view: &View,
+) -> Result<Value, ApiError> {
+    let get = |name: &str| {
+        query
+            .get(name)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
+    };
+    let limit = get("limit")
+        .map(|text| {
+            text.parse::<usize>()
+                .map_err(|_| ApiError::bad_request(format!("limit is {text:?}; it must be a number")))
+        })
+        .transpose()?;
+    let after = get("continue").map(read_token).transpose()?;
+    let exact = (get("resourceVersionMatch") == Some("Exact"))
+        .then(|| get("resourceVersion").map(parse_revision))
+        .flatten()
+        .transpose()?;
+    let (mut objects, revision) = snapshot(
+        registry,
+        resource,
+        namespace,
+        after.as_ref().map(|a| a.revision).or(exact),
+    )?;
+    objects.retain(|(_, object)| selector.matches(object));
+    if let Some(after) = &after {
+        objects.retain(|(key, _)| (&key.namespace, &key.name) > (&after.namespace, &after.name));
+    }
+    let remaining = limit
+        .filter(|&limit| limit > 0)
+        .map_or(0, |limit| objects.len().saturating_sub(limit));
+    objects.truncate(objects.len() - remaining);
+    let mut metadata = json!({"resourceVersion": revision.to_string()});
+    if remaining > 0
+        && let Some((key, _)) = objects.last()
+    {
+        metadata["continue"] = json!(write_token(&Continue {
+            revision,
+            namespace: key.namespace.clone(),
+            name: key.name.clone()
+        }));
+        metadata["remainingItemCount"] = json!(remaining);
+    }
+    let items: Vec<Value> = objects
+        .iter()
+        .map(|(_, object)| Registry::served(resource, object))
+        .collect();
+    Ok(match view {
+        View::Object => list_document(resource, items, metadata),
+        View::Partial => json!({
+            "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
+            "items": items.iter().map(table::partial).collect::<Vec<_>>(),
+        }),
+        View::Table(include) => table::table(resource, &items.iter().collect::<Vec<_>>(), metadata, include),
+    })
+}
+
+type Snapshot = (Vec<(Key, Arc<Value>)>, u64);
+
+fn snapshot(
+    registry: &Registry,
+    resource: &Resource,
+    namespace: &str,
+    revision: Option<u64>,
+) -> Result<Snapshot, ApiError> {
+    if resource.kind == "CustomResourceDefinition" {
+        let named = |crd: &Value| {
+            Key::new(
+                "",
+                "",
+                crd.pointer("/metadata/name")
+                    .and_then(Value::as_str)
+                    .unwrap_or_default(),
+            )
+        };
+        let crds = registry
+            .crds
+            .iter()
+            .map(|crd| (named(crd), Arc::new(crd.clone())));
+        return Ok((crds.collect(), registry.store.revision()));
+    }
+    match revision {
+        None => Ok(registry.store.list(&resource.storage, namespace)),
+        Some(revision) => {
+            let objects = registry.store.list_at(&resource.storage, namespace, revision);
+            let expired = |_| {
+                ApiError::expired(
+                    "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter.",
+                )
+            };
+            Ok((objects.map_err(expired)?, revision))
+        }
+    }
+}
+
+/// `XList`.
+pub(crate) fn list_document(resource: &Resource, items: Vec<Value>, metadata: Value) -> Value {
+    json!({"kind": format!("{}List", resource.kind), "apiVersion": resource.api_version(), "metadata": metadata, "items": items})
+}
+
+fn write_token(token: &Continue) -> String {
+    URL_SAFE_NO_PAD.encode(serde_json::to_vec(token).unwrap_or_default())
+}
+
+fn read_token(text: &str) -> Result<Continue, ApiError> {
+    let bytes = URL_SAFE_NO_PAD.decode(text).ok();
+    let token = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    token.ok_or_else(|| {
+        ApiError::bad_request("continue key is not valid: it must be one that this server gave out")
+    })
+}
