@@ -161,6 +161,36 @@ impl ModelStore {
         }
     }
 
+    /// Takes a file that came some other way (a disk, a wheel) into the store, if it is what `sha256` says.
+    /// A deployment with that digest then needs no network. The file is moved, or copied across disks.
+    ///
+    /// # Errors
+    /// [`FetchModel::DigestMismatch`], leaving the file where it is, or what the disk said.
+    pub async fn import(&self, file: &Path, sha256: &str) -> Result<PathBuf, FetchModel> {
+        let unreadable = |error: std::io::Error| FetchModel::ReadPath { path: file.to_owned(), detail: error.to_string() };
+        let bytes = std::fs::metadata(file).map_err(unreadable)?.len();
+        let (state, _) = watch::channel(FetchState::default());
+        let found = verify::hash_file(file.to_owned(), bytes, state).await.map_err(unreadable)?;
+        if found != sha256 {
+            let (source_name, expected) = (file.display().to_string(), sha256.to_owned());
+            return Err(FetchModel::DigestMismatch { source_name, found, expected });
+        }
+        let blob = self.shared.layout.blob(&found);
+        if std::fs::rename(file, &blob).is_err() {
+            let staged = self.directory().join("partial").join(format!("{found}.import"));
+            let copied = std::fs::copy(file, &staged).and_then(|_| std::fs::rename(&staged, &blob));
+            copied.map_err(|error| FetchModel::WriteStore { path: blob.clone(), detail: error.to_string() })?;
+        }
+        Ok(blob)
+    }
+
+    /// The stored file with this digest, if it is here.
+    #[must_use]
+    pub fn stored(&self, sha256: &str) -> Option<PathBuf> {
+        let blob = self.shared.layout.blob(sha256);
+        blob.is_file().then_some(blob)
+    }
+
     fn join_or_start(&self, source: &Source) -> Arc<InFlight> {
         let mut in_flight =
             self.shared.in_flight.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
