@@ -155,7 +155,7 @@ pub enum ExternalAccess {
 }
 
 /// Who may call which name.
-#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AccessRules {
     /// Requests without a known key are refused with 401.
@@ -166,6 +166,15 @@ pub struct AccessRules {
     #[schemars(length(max = 1024))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub keys: Vec<ApiKey>,
+}
+
+impl Default for AccessRules {
+    fn default() -> Self {
+        Self {
+            require_key: yes(),
+            keys: Vec::new(),
+        }
+    }
 }
 
 fn yes() -> bool {

@@ -9,7 +9,7 @@ use crate::common::{Device, Quantity};
 
 /// Says what healthy means for the deployments that it selects in its namespace, and what the
 /// watchdog may do when they are not. Being slow is not a reason to restart; standing still is.
-#[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[kube(
     group = "freehold.dev",
@@ -67,6 +67,19 @@ pub struct HealthProbeSpec {
     pub remediation: Remediation,
 }
 
+impl Default for HealthProbeSpec {
+    fn default() -> Self {
+        Self {
+            selector: None,
+            checks: Vec::new(),
+            period_seconds: default_period(),
+            failure_threshold: default_failure_threshold(),
+            success_threshold: default_success_threshold(),
+            remediation: Remediation::default(),
+        }
+    }
+}
+
 fn default_period() -> u32 {
     30
 }
@@ -112,7 +125,7 @@ pub struct Check {
 }
 
 /// Work in flight must advance.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProgressCheck {
     /// Seconds without a step of the engine, while it has work, after which it stands still.
@@ -121,12 +134,20 @@ pub struct ProgressCheck {
     pub stall_seconds: u32,
 }
 
+impl Default for ProgressCheck {
+    fn default() -> Self {
+        Self {
+            stall_seconds: default_stall_seconds(),
+        }
+    }
+}
+
 fn default_stall_seconds() -> u32 {
     60
 }
 
 /// A question must get the expected answer.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InferenceCheck {
     /// The question, asked greedily (temperature 0). For an embedding model it is embedded.
@@ -145,6 +166,17 @@ pub struct InferenceCheck {
     #[serde(default = "default_probe_timeout")]
     #[schemars(range(min = 1, max = 3600))]
     pub timeout_seconds: u32,
+}
+
+impl Default for InferenceCheck {
+    fn default() -> Self {
+        Self {
+            prompt: String::new(),
+            expect: None,
+            max_tokens: default_probe_tokens(),
+            timeout_seconds: default_probe_timeout(),
+        }
+    }
 }
 
 fn default_probe_tokens() -> u32 {

@@ -12,6 +12,9 @@
 //! Doc comments on fields become `kubectl explain`, so they are the user manual. The types hold no
 //! decisions: those live in `freehold-rules`. Start reading at [`model_deployment`].
 
+// `printcolumn(…)` stands once a column; clippy takes the repeated keys in it for duplicates.
+#![allow(clippy::duplicated_attributes)]
+
 pub mod common;
 pub mod conditions;
 pub mod governance_policy;
@@ -25,7 +28,9 @@ pub use health_probe::{HealthProbe, HealthProbeSpec, HealthProbeStatus};
 pub use inference_node::{InferenceNode, InferenceNodeSpec, InferenceNodeStatus};
 pub use model_deployment::{ModelDeployment, ModelDeploymentSpec, ModelDeploymentStatus};
 
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
+};
 use kube::CustomResourceExt;
 
 /// API group of every kind here.
@@ -40,10 +45,43 @@ pub const DEFAULT_GATEWAY_PORT: u16 = 11_480;
 /// The four CustomResourceDefinitions, in the order in which a person meets them.
 #[must_use]
 pub fn all() -> Vec<CustomResourceDefinition> {
-    vec![
+    let mut crds = vec![
         ModelDeployment::crd(),
         GovernancePolicy::crd(),
         HealthProbe::crd(),
         InferenceNode::crd(),
-    ]
+    ];
+    for version in crds.iter_mut().flat_map(|crd| &mut crd.spec.versions) {
+        if let Some(schema) = version
+            .schema
+            .as_mut()
+            .and_then(|schema| schema.open_api_v3_schema.as_mut())
+        {
+            drop_foreign_formats(schema);
+        }
+    }
+    crds
+}
+
+/// Formats such as `uint32` are not Kubernetes's; its API server warns of them. Bounds say the same.
+fn drop_foreign_formats(schema: &mut JSONSchemaProps) {
+    const KNOWN: &[&str] = &["int32", "int64", "float", "double", "date-time", "byte"];
+    if schema
+        .format
+        .as_deref()
+        .is_some_and(|format| !KNOWN.contains(&format))
+    {
+        schema.format = None;
+    }
+    schema
+        .properties
+        .iter_mut()
+        .flat_map(|properties| properties.values_mut())
+        .for_each(drop_foreign_formats);
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
+        drop_foreign_formats(items);
+    }
+    if let Some(JSONSchemaPropsOrBool::Schema(additional)) = &mut schema.additional_properties {
+        drop_foreign_formats(additional);
+    }
 }

@@ -9,7 +9,7 @@ use crate::common::{Device, KvType, Quantity, Violation};
 
 /// A name on the bus and the model that answers to it. The name stays; the model behind it may be
 /// swapped, moved or restarted.
-#[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[kube(
     group = "freehold.dev",
@@ -96,6 +96,23 @@ pub struct ModelDeploymentSpec {
     /// Stops the model and keeps the object: nothing is placed or fetched until this is false again.
     #[serde(default)]
     pub suspend: bool,
+}
+
+impl Default for ModelDeploymentSpec {
+    fn default() -> Self {
+        Self {
+            model: None,
+            variants: Vec::new(),
+            external: None,
+            aliases: Vec::new(),
+            replicas: one(),
+            placement: Placement::default(),
+            engine: EngineSettings::default(),
+            activation: Activation::default(),
+            rollout: Rollout::default(),
+            suspend: false,
+        }
+    }
 }
 
 fn one() -> u32 {
@@ -344,7 +361,7 @@ pub enum ActivationMode {
 }
 
 /// How a new revision takes the place of the running one.
-#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Rollout {
     /// Surge, Replace, or the one that memory allows.
@@ -354,6 +371,15 @@ pub struct Rollout {
     #[serde(default = "default_rollout_deadline")]
     #[schemars(range(min = 1, max = 86_400))]
     pub deadline_seconds: u32,
+}
+
+impl Default for Rollout {
+    fn default() -> Self {
+        Self {
+            strategy: RolloutStrategy::Auto,
+            deadline_seconds: default_rollout_deadline(),
+        }
+    }
 }
 
 fn default_rollout_deadline() -> u32 {

@@ -7,7 +7,7 @@ use crate::resource::Resource;
 /// Version that the server reports. Clients decide by it what they may ask for.
 pub(crate) fn version() -> Value {
     json!({
-        "major": "1", "minor": "35", "gitVersion": concat!("v1.35.0+freehold-", env!("CARGO_PKG_VERSION")),
+        "major": "1", "minor": "36", "gitVersion": concat!("v1.36.0+freehold-", env!("CARGO_PKG_VERSION")),
         "gitCommit": "", "gitTreeState": "clean", "buildDate": "1970-01-01T00:00:00Z",
         "goVersion": "", "compiler": "rustc", "platform": format!("{}/{}", std::env::consts::OS, std::env::consts::ARCH),
     })

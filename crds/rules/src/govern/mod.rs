@@ -33,20 +33,36 @@ impl Decision {
     /// Whether the candidate may be placed: no rule that is enforced is broken.
     #[must_use]
     pub fn allowed(&self) -> bool {
-        self.violations.iter().all(|violation| violation.enforcement == Enforcement::Audit)
+        self.violations
+            .iter()
+            .all(|violation| violation.enforcement == Enforcement::Audit)
     }
 }
 
 /// Whether a policy selects a deployment.
 #[must_use]
-pub fn selects(policy: &GovernancePolicy, deployment: &ModelDeployment, namespaces: &BTreeMap<String, BTreeMap<String, String>>) -> bool {
+pub fn selects(
+    policy: &GovernancePolicy,
+    deployment: &ModelDeployment,
+    namespaces: &BTreeMap<String, BTreeMap<String, String>>,
+) -> bool {
     let none = BTreeMap::new();
     let namespace = deployment.namespace().unwrap_or_default();
     let mut namespace_labels = namespaces.get(&namespace).cloned().unwrap_or_default();
-    namespace_labels.entry("kubernetes.io/metadata.name".to_owned()).or_insert(namespace);
+    namespace_labels
+        .entry("kubernetes.io/metadata.name".to_owned())
+        .or_insert(namespace);
     let labels = deployment.metadata.labels.as_ref().unwrap_or(&none);
-    policy.spec.namespace_selector.as_ref().is_none_or(|selector| labels::matches(selector, &namespace_labels))
-        && policy.spec.selector.as_ref().is_none_or(|selector| labels::matches(selector, labels))
+    policy
+        .spec
+        .namespace_selector
+        .as_ref()
+        .is_none_or(|selector| labels::matches(selector, &namespace_labels))
+        && policy
+            .spec
+            .selector
+            .as_ref()
+            .is_none_or(|selector| labels::matches(selector, labels))
 }
 
 /// Rules of a policy that are set and that this version cannot hold. With `Enforce` they hold back what
@@ -55,10 +71,18 @@ pub fn selects(policy: &GovernancePolicy, deployment: &ModelDeployment, namespac
 pub fn gaps(policy: &GovernancePolicy) -> Vec<String> {
     let rules = &policy.spec.rules;
     let mut gaps = Vec::new();
-    if rules.content.as_ref().is_some_and(|content| !content.rules.is_empty()) {
+    if rules
+        .content
+        .as_ref()
+        .is_some_and(|content| !content.rules.is_empty())
+    {
         gaps.push("spec.content".to_owned());
     }
-    if rules.supply_chain.as_ref().is_some_and(|rules| rules.require_signature) {
+    if rules
+        .supply_chain
+        .as_ref()
+        .is_some_and(|rules| rules.require_signature)
+    {
         gaps.push("spec.supplyChain.requireSignature".to_owned());
     }
     gaps
@@ -86,7 +110,9 @@ pub fn source_name(model: &ModelSource) -> String {
 #[must_use]
 pub fn pattern_matches(pattern: &str, text: &str) -> bool {
     let mut parts = pattern.split('*');
-    let Some(mut rest) = parts.next().and_then(|first| text.strip_prefix(first)) else { return false };
+    let Some(mut rest) = parts.next().and_then(|first| text.strip_prefix(first)) else {
+        return false;
+    };
     let mut parts = parts.peekable();
     if parts.peek().is_none() {
         return rest.is_empty();
@@ -106,16 +132,25 @@ pub fn pattern_matches(pattern: &str, text: &str) -> bool {
 /// Decides whether `candidate` of `deployment` may be placed under `policies`, which are those that
 /// select it. The strictest wins: each of them must be met.
 #[must_use]
-pub fn deployment(deployment: &ModelDeployment, candidate: &Candidate, policies: &[&GovernancePolicy]) -> Decision {
+pub fn deployment(
+    deployment: &ModelDeployment,
+    candidate: &Candidate,
+    policies: &[&GovernancePolicy],
+) -> Decision {
     let mut decision = Decision::default();
     for policy in policies {
-        let mut report = Report { policy, object: key_of(deployment).to_string(), violations: Vec::new() };
+        let mut report = Report {
+            policy,
+            object: key_of(deployment).to_string(),
+            violations: Vec::new(),
+        };
         let rules = &policy.spec.rules;
         if let Some(rules) = &rules.supply_chain {
             supply_chain(&mut report, candidate, rules);
             if policy.spec.enforcement == Enforcement::Enforce && !rules.allowed_formats.is_empty() {
                 let allowed = decision.allowed_formats.take();
-                let both = |format: &&ModelFormat| allowed.as_ref().is_none_or(|formats| formats.contains(format));
+                let both =
+                    |format: &&ModelFormat| allowed.as_ref().is_none_or(|formats| formats.contains(format));
                 decision.allowed_formats = Some(rules.allowed_formats.iter().filter(both).copied().collect());
             }
         }
@@ -123,17 +158,25 @@ pub fn deployment(deployment: &ModelDeployment, candidate: &Candidate, policies:
             && let Some(selector) = &residency.node_selector
             && policy.spec.enforcement == Enforcement::Enforce
         {
-            decision.node_selectors.push((policy.name_any(), selector.clone()));
+            decision
+                .node_selectors
+                .push((policy.name_any(), selector.clone()));
         }
         for gap in gaps(policy) {
             let remedy = "remove the rule, set spec.enforcement: Audit, or wait for a version that holds it";
             report.violation(&gap, "", "this version cannot hold the rule".to_owned(), remedy);
         }
         for rule in &rules.expressions {
-            if let Err(why) = expression::holds(&rule.expression, deployment, &source_name(&candidate.model)) {
+            if let Err(why) = expression::holds(&rule.expression, deployment, &source_name(&candidate.model))
+            {
                 let evidence = rule.message.clone().unwrap_or(why);
                 let remedy = format!("change the deployment so that {} holds", rule.expression);
-                report.violation(&format!("spec.expressions[{}]", rule.name), "spec", evidence, &remedy);
+                report.violation(
+                    &format!("spec.expressions[{}]", rule.name),
+                    "spec",
+                    evidence,
+                    &remedy,
+                );
             }
         }
         decision.violations.append(&mut report.violations);
@@ -167,8 +210,17 @@ fn supply_chain(report: &mut Report<'_>, candidate: &Candidate, rules: &SupplyCh
     let digest_field = format!("{field}.sha256");
     match &model.sha256 {
         None if rules.require_digest || !rules.allowed_digests.is_empty() => {
-            let name = if rules.require_digest { "requireDigest" } else { "allowedDigests" };
-            report.violation(&rule(name), &digest_field, "no digest".to_owned(), "set sha256 to the digest that sha256sum prints for the file");
+            let name = if rules.require_digest {
+                "requireDigest"
+            } else {
+                "allowedDigests"
+            };
+            report.violation(
+                &rule(name),
+                &digest_field,
+                "no digest".to_owned(),
+                "set sha256 to the digest that sha256sum prints for the file",
+            );
         }
         Some(sha256) if !rules.allowed_digests.is_empty() && !rules.allowed_digests.contains(sha256) => {
             let remedy = "use a file whose digest is on the list, or add this one to the policy";
@@ -177,27 +229,65 @@ fn supply_chain(report: &mut Report<'_>, candidate: &Candidate, rules: &SupplyCh
         _ => {}
     }
     let source = source_name(model);
-    if let Some(pattern) = rules.denied_sources.iter().find(|pattern| pattern_matches(pattern, &source)) {
+    if let Some(pattern) = rules
+        .denied_sources
+        .iter()
+        .find(|pattern| pattern_matches(pattern, &source))
+    {
         let evidence = format!("{source} fits the denied {pattern}");
-        report.violation(&rule("deniedSources"), field, evidence, "take the model from a source that is not denied");
+        report.violation(
+            &rule("deniedSources"),
+            field,
+            evidence,
+            "take the model from a source that is not denied",
+        );
     }
-    if !rules.allowed_sources.is_empty() && !rules.allowed_sources.iter().any(|pattern| pattern_matches(pattern, &source)) {
+    if !rules.allowed_sources.is_empty()
+        && !rules
+            .allowed_sources
+            .iter()
+            .any(|pattern| pattern_matches(pattern, &source))
+    {
         let remedy = format!("take the model from one of {}", rules.allowed_sources.join(", "));
         report.violation(&rule("allowedSources"), field, source, &remedy);
     }
     if !rules.allowed_licences.is_empty() {
         let licence = model.licence.clone();
-        if licence.as_ref().is_none_or(|licence| !rules.allowed_licences.contains(licence)) {
-            let remedy = format!("use a model under one of {}, and say so in {field}.licence", rules.allowed_licences.join(", "));
-            report.violation(&rule("allowedLicences"), &format!("{field}.licence"), licence.unwrap_or_else(|| "no licence".to_owned()), &remedy);
+        if licence
+            .as_ref()
+            .is_none_or(|licence| !rules.allowed_licences.contains(licence))
+        {
+            let remedy = format!(
+                "use a model under one of {}, and say so in {field}.licence",
+                rules.allowed_licences.join(", ")
+            );
+            report.violation(
+                &rule("allowedLicences"),
+                &format!("{field}.licence"),
+                licence.unwrap_or_else(|| "no licence".to_owned()),
+                &remedy,
+            );
         }
     }
-    let format = if model.path.as_ref().is_some_and(|path| !path.to_lowercase().ends_with(".gguf")) { None } else { Some(ModelFormat::Gguf) };
+    let format = if model
+        .path
+        .as_ref()
+        .is_some_and(|path| !path.to_lowercase().ends_with(".gguf"))
+    {
+        None
+    } else {
+        Some(ModelFormat::Gguf)
+    };
     // A path without the ending may hold either format: the agent checks what it finds before it loads.
     if let Some(format) = format.filter(|_| !rules.allowed_formats.is_empty())
         && !rules.allowed_formats.contains(&format)
     {
-        report.violation(&rule("allowedFormats"), field, format!("{format:?}"), "use a model in an allowed format");
+        report.violation(
+            &rule("allowedFormats"),
+            field,
+            format!("{format:?}"),
+            "use a model in an allowed format",
+        );
     }
 }
 
@@ -207,10 +297,22 @@ mod tests {
 
     #[test]
     fn patterns_match_whole_sources() {
-        for (pattern, text) in [("*", "x"), ("hf://a/*", "hf://a/b/c"), ("https://*.lan/*.gguf", "https://m.lan/x.gguf"), ("abc", "abc"), ("a*a", "aba")] {
+        for (pattern, text) in [
+            ("*", "x"),
+            ("hf://a/*", "hf://a/b/c"),
+            ("https://*.lan/*.gguf", "https://m.lan/x.gguf"),
+            ("abc", "abc"),
+            ("a*a", "aba"),
+        ] {
             assert!(pattern_matches(pattern, text), "{pattern} {text}");
         }
-        for (pattern, text) in [("hf://a/*", "hf://ab/c"), ("abc", "abcd"), ("a*a", "a"), ("", "x"), ("*.gguf", "x.gguf.exe")] {
+        for (pattern, text) in [
+            ("hf://a/*", "hf://ab/c"),
+            ("abc", "abcd"),
+            ("a*a", "a"),
+            ("", "x"),
+            ("*.gguf", "x.gguf.exe"),
+        ] {
             assert!(!pattern_matches(pattern, text), "{pattern} {text}");
         }
     }

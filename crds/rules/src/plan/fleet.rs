@@ -1,0 +1,122 @@
+//! The machines while a plan is made: what is reserved on each so far.
+
+use std::collections::BTreeMap;
+
+use freehold_crds::inference_node::{Assignment, Instance};
+use freehold_crds::model_deployment::ModelFacts;
+use freehold_crds::{Device, ObjectKey};
+
+use super::{FleetInput, Liveness, NodeInput};
+
+/// One machine and the assignments that are planned for it so far.
+pub(super) struct Machine<'a> {
+    pub(super) node: &'a NodeInput,
+    pub(super) planned: Vec<Assignment>,
+}
+
+/// The machines by name.
+pub(super) struct Fleet<'a> {
+    pub(super) machines: BTreeMap<&'a str, Machine<'a>>,
+}
+
+impl<'a> Fleet<'a> {
+    pub(super) fn new(input: &'a FleetInput) -> Self {
+        let machines = input.nodes.iter().map(|node| {
+            (
+                node.name.as_str(),
+                Machine {
+                    node,
+                    planned: Vec::new(),
+                },
+            )
+        });
+        Self {
+            machines: machines.collect(),
+        }
+    }
+
+    /// Facts of an assignment's model, from whichever machine has read it.
+    pub(super) fn facts(&self, assignment: &str) -> Option<&'a ModelFacts> {
+        self.machines
+            .values()
+            .find_map(|machine| machine.instance(assignment)?.model.as_ref())
+    }
+}
+
+impl<'a> Machine<'a> {
+    pub(super) fn instance(&self, assignment: &str) -> Option<&'a Instance> {
+        self.node
+            .status
+            .instances
+            .iter()
+            .find(|instance| instance.name == assignment)
+    }
+
+    /// What the machine holds of a deployment now.
+    pub(super) fn holds(&self, key: &ObjectKey) -> Vec<&'a Assignment> {
+        let held = self.node.spec.assignments.iter();
+        held.filter(|a| a.namespace == key.namespace && a.deployment == key.name)
+            .collect()
+    }
+
+    /// Memory that is not reserved: what models may take, less what is planned, and less what others
+    /// hold now and have not been planned yet (they were there before and keep their place).
+    pub(super) fn free_bytes(&self, newcomer: &ObjectKey, settled: &dyn Fn(&Assignment) -> bool) -> u64 {
+        let planned: u64 = self.planned.iter().map(|a| a.memory_bytes).sum();
+        let others = self.node.spec.assignments.iter().filter(|held| {
+            let own = held.namespace == newcomer.namespace && held.deployment == newcomer.name;
+            !own && !settled(held)
+        });
+        let held: u64 = others.map(|a| a.memory_bytes).sum();
+        self.node
+            .status
+            .inventory
+            .allocatable_bytes
+            .saturating_sub(planned)
+            .saturating_sub(held)
+    }
+
+    /// Whether anything can be placed here anew.
+    pub(super) fn takes_new(&self) -> Result<(), String> {
+        if self.node.deleting {
+            return Err("the machine is leaving".to_owned());
+        }
+        match self.node.liveness {
+            Liveness::Alive => {}
+            Liveness::Silent | Liveness::Lost => return Err("its heartbeat stopped".to_owned()),
+        }
+        if self.node.status.inventory.allocatable_bytes == 0 {
+            return Err("it has not told its memory yet".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Whether what is here may stay.
+    pub(super) fn keeps(&self) -> bool {
+        !self.node.deleting && self.node.liveness != Liveness::Lost
+    }
+
+    pub(super) fn has_device(&self, device: Device) -> Result<(), String> {
+        let found = self
+            .node
+            .status
+            .inventory
+            .devices
+            .iter()
+            .filter(|accelerator| accelerator.kind == device);
+        match device {
+            Device::Auto | Device::Cpu => Ok(()),
+            Device::Cuda | Device::Metal => {
+                let usable = found.clone().any(|accelerator| accelerator.usable);
+                if usable {
+                    return Ok(());
+                }
+                Err(if found.count() > 0 {
+                    format!("its agent was built without support for {device:?}")
+                } else {
+                    format!("it has no {device:?} device")
+                })
+            }
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! How much memory a replica takes, as arithmetic that a person can follow.
+
+use freehold_crds::KvType;
+use freehold_crds::model_deployment::{EngineSettings, MemoryEstimate, ModelFacts};
+
+/// Longest context that is reserved when the spec names none.
+pub const DEFAULT_CONTEXT: u32 = 8192;
+/// Code, tokenizer, activations: what a small worker takes beyond weights and KV cache.
+const BASE_OVERHEAD_BYTES: u64 = 48 << 20;
+/// A twentieth of the file: vocabulary and repacked scales grow with the model.
+const OVERHEAD_PART: u64 = 20;
+
+/// The context that the engine uses, in tokens.
+#[must_use]
+pub fn context_length(model_context: u32, engine: &EngineSettings) -> u32 {
+    let own = if model_context == 0 {
+        DEFAULT_CONTEXT
+    } else {
+        model_context
+    };
+    engine.context_length.unwrap_or(DEFAULT_CONTEXT).min(own)
+}
+
+/// Memory of one replica: weights + KV cache of every concurrent request at full context + overhead.
+/// `facts.kv_bytes_per_token` is for an F16 cache.
+#[must_use]
+pub fn estimate(facts: &ModelFacts, engine: &EngineSettings, memory_override: Option<u64>) -> MemoryEstimate {
+    let context = context_length(facts.context_length, engine);
+    let per_token = match engine.kv_type {
+        KvType::F16 => facts.kv_bytes_per_token,
+        KvType::F32 => facts.kv_bytes_per_token.saturating_mul(2),
+    };
+    let kv_bytes = per_token
+        .saturating_mul(u64::from(context))
+        .saturating_mul(u64::from(engine.concurrency));
+    let overhead_bytes = BASE_OVERHEAD_BYTES + facts.file_bytes / OVERHEAD_PART;
+    let weight_bytes = facts.weight_bytes;
+    let sum = weight_bytes
+        .saturating_add(kv_bytes)
+        .saturating_add(overhead_bytes);
+    let total_bytes = memory_override.unwrap_or(sum);
+    let mut arithmetic = format!(
+        "{} weights + {} KV cache ({context} tokens x {} requests x {per_token} B) + {} overhead = {}",
+        mib(weight_bytes),
+        mib(kv_bytes),
+        engine.concurrency,
+        mib(overhead_bytes),
+        mib(sum),
+    );
+    if memory_override.is_some() {
+        arithmetic.push_str(&format!("; spec.placement.memory reserves {}", mib(total_bytes)));
+    }
+    MemoryEstimate {
+        weight_bytes,
+        kv_bytes,
+        overhead_bytes,
+        total_bytes,
+        total_summary: Some(mib(total_bytes)),
+        arithmetic,
+    }
+}
+
+/// Bytes for the eye.
+#[must_use]
+pub fn mib(bytes: u64) -> String {
+    const MIB: f64 = 1024.0 * 1024.0;
+    let value = bytes as f64 / MIB;
+    if value >= 10_240.0 {
+        format!("{:.1} GiB", value / 1024.0)
+    } else {
+        format!("{value:.0} MiB")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sum_is_that_of_its_parts() {
+        let facts = ModelFacts {
+            weight_bytes: 100 << 20,
+            file_bytes: 100 << 20,
+            kv_bytes_per_token: 1024,
+            context_length: 4096,
+            ..ModelFacts::default()
+        };
+        let engine = EngineSettings {
+            context_length: Some(1024),
+            concurrency: 4,
+            ..EngineSettings::default()
+        };
+        let estimate = estimate(&facts, &engine, None);
+        assert_eq!(estimate.kv_bytes, 4 << 20);
+        assert_eq!(
+            estimate.total_bytes,
+            estimate.weight_bytes + estimate.kv_bytes + estimate.overhead_bytes
+        );
+        assert_eq!(
+            estimate.arithmetic,
+            "100 MiB weights + 4 MiB KV cache (1024 tokens x 4 requests x 1024 B) + 53 MiB overhead = 157 MiB"
+        );
+    }
+
+    #[test]
+    fn the_context_never_exceeds_the_models_own() {
+        let engine = EngineSettings {
+            context_length: Some(100_000),
+            ..EngineSettings::default()
+        };
+        assert_eq!(context_length(2048, &engine), 2048);
+        assert_eq!(
+            context_length(200_000, &EngineSettings::default()),
+            DEFAULT_CONTEXT
+        );
+    }
+}
