@@ -16,6 +16,8 @@ pub const ACCELERATOR_DEGRADED: &str = "AcceleratorDegraded";
 pub const REMEDIATION_SUSPENDED: &str = "RemediationSuspended";
 /// A probe fails.
 pub const HEALTHY: &str = "Healthy";
+/// The machine's heartbeats arrive. Written by the operator, because a silent agent cannot tell it.
+pub const REACHABLE: &str = "Reachable";
 /// What the policy asks for and this version cannot hold.
 pub const FULLY_ENFORCED: &str = "FullyEnforced";
 

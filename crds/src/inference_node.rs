@@ -29,6 +29,11 @@ use crate::model_deployment::{Activation, EngineSettings, ModelFacts, ModelSourc
         type_ = "string",
         json_path = ".status.conditions[?(@.type=='Ready')].status"
     ),
+    printcolumn(
+        name = "Reachable",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type=='Reachable')].status"
+    ),
     printcolumn(name = "Models", type_ = "string", json_path = ".status.summary"),
     printcolumn(
         name = "Memory",
@@ -194,7 +199,7 @@ pub struct InferenceNodeStatus {
     /// The generation of the spec that the agent has taken up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Ready.
+    /// Ready, by the agent; Reachable, by the operator.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
