@@ -70,20 +70,35 @@ struct Beat {
     judged: bool,
 }
 
+/// What was heard.
+#[derive(Debug, Default)]
+struct Heard {
+    beats: BTreeMap<String, Beat>,
+    /// The operator knows that it hears nobody.
+    deaf: bool,
+}
+
+impl Heard {
+    /// When the operator last heard anybody.
+    fn latest(&self) -> Option<Instant> {
+        self.beats.values().map(|beat| beat.changed).max()
+    }
+}
+
 /// The heartbeats seen so far.
 #[derive(Debug, Default)]
 pub(crate) struct Heartbeats {
-    beats: Mutex<BTreeMap<String, Beat>>,
+    heard: Mutex<Heard>,
 }
 
 impl Heartbeats {
-    fn with<T>(&self, act: impl FnOnce(&mut BTreeMap<String, Beat>) -> T) -> T {
-        act(&mut self.beats.lock().unwrap_or_else(PoisonError::into_inner))
+    fn with<T>(&self, act: impl FnOnce(&mut Heard) -> T) -> T {
+        act(&mut self.heard.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Takes note of a Lease. True when this changes a verdict: the machine is new or was silent.
     pub(crate) fn beat(&self, node: &str, renewed: Option<&MicroTime>, now: Instant) -> bool {
-        self.with(|beats| match beats.get_mut(node) {
+        self.with(|heard| match heard.beats.get_mut(node) {
             Some(beat) if beat.renewed.as_ref() == renewed => false,
             Some(beat) => {
                 let was_silent = silence(beat, now) >= SILENT_AFTER;
@@ -96,7 +111,7 @@ impl Heartbeats {
                 was_silent
             }
             None => {
-                beats.insert(node.to_owned(), first(renewed, now));
+                heard.beats.insert(node.to_owned(), first(renewed, now));
                 true
             }
         })
@@ -111,7 +126,10 @@ impl Heartbeats {
         nodes: impl Iterator<Item = &'a str>,
         was_silent: impl Fn(&str) -> bool,
     ) -> BTreeMap<String, Duration> {
-        self.with(|beats| {
+        self.with(|heard| {
+            // While nobody is heard, time stands still.
+            let now = heard.latest().filter(|_| heard.deaf).unwrap_or(now);
+            let beats = &mut heard.beats;
             for node in nodes {
                 if !beats.contains_key(node) {
                     beats.insert(node.to_owned(), first(None, now));
@@ -132,13 +150,22 @@ impl Heartbeats {
         })
     }
 
-    /// The operator itself was deaf for a while: nobody's silence in that time counts.
-    pub(crate) fn forgive(&self, now: Instant) {
-        self.with(|beats| {
-            for beat in beats
+    /// The operator hears nobody, by its own fault or the network's: nobody's silence counts.
+    pub(crate) fn turned_deaf(&self) {
+        self.with(|heard| heard.deaf = true);
+    }
+
+    /// The operator hears again. Who was heard until it turned deaf starts anew; that may have been
+    /// long before it was noticed, so what counts is when it last heard anybody.
+    pub(crate) fn hears_again(&self, now: Instant) {
+        self.with(|heard| {
+            heard.deaf = false;
+            let Some(latest) = heard.latest() else { return };
+            let alive = heard
+                .beats
                 .values_mut()
-                .filter(|beat| silence(beat, now) < SILENT_AFTER)
-            {
+                .filter(|beat| silence(beat, latest) < SILENT_AFTER);
+            for beat in alive {
                 beat.changed = now;
             }
         });
@@ -146,7 +173,7 @@ impl Heartbeats {
 
     /// Forgets a machine that is gone.
     pub(crate) fn forget(&self, node: &str) {
-        self.with(|beats| beats.remove(node));
+        self.with(|heard| heard.beats.remove(node));
     }
 }
 
@@ -251,10 +278,16 @@ mod tests {
         let nodes = || ["old", "new"].into_iter();
         let silences = heartbeats.silences(now, nodes(), |node| node == "old");
         assert_eq!((silences["old"], silences["new"]), (SILENT_AFTER, Duration::ZERO));
-        let later = now + Duration::from_secs(30);
-        heartbeats.forgive(later);
-        let silences = heartbeats.silences(later, nodes(), |_| true);
+        let noticed = now + Duration::from_secs(35);
+        heartbeats.turned_deaf();
+        let later = now + Duration::from_secs(3600);
+        assert_eq!(
+            heartbeats.silences(later, nodes(), |_| true)["new"],
+            Duration::ZERO
+        );
+        heartbeats.hears_again(noticed);
+        let silences = heartbeats.silences(noticed, nodes(), |_| true);
         assert_eq!(silences["new"], Duration::ZERO);
-        assert_eq!(silences["old"], Duration::from_secs(70));
+        assert_eq!(silences["old"], Duration::from_secs(75));
     }
 }

@@ -310,8 +310,12 @@ impl Work {
 fn heard(shelves: &Shelves, seen: &Seen<'_, Lease>) -> bool {
     let now = Instant::now();
     match seen {
+        Seen::Failed => {
+            shelves.heartbeats.turned_deaf();
+            false
+        }
         Seen::Recovered => {
-            shelves.heartbeats.forgive(now);
+            shelves.heartbeats.hears_again(now);
             true
         }
         Seen::Event(Event::Apply(lease) | Event::InitApply(lease)) => {

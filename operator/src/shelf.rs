@@ -4,8 +4,9 @@
 //! would read its own past and write twice, or undo itself. So the answer to each write goes onto the
 //! shelf at once, and news that is older than what the shelf holds is passed over.
 
+use std::collections::VecDeque;
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::StreamExt;
 use kube::runtime::reflector::{Lookup, ObjectRef, Store, store::Writer};
@@ -21,11 +22,24 @@ pub(crate) struct Shelf<K>
 where
     K: Resource<DynamicType = ()> + Clone + 'static,
 {
-    writer: Arc<Mutex<Writer<K>>>,
+    state: Arc<Mutex<State<K>>>,
     reader: Store<K>,
     /// Woken by whatever the shelf did not know before.
     news: Arc<Notify>,
 }
+
+struct State<K>
+where
+    K: Resource<DynamicType = ()> + Clone + 'static,
+{
+    writer: Writer<K>,
+    /// Identities that the watch told to be gone. The answer to an own write may come after the news
+    /// that the object was deleted since, and must not bring it back.
+    gone: VecDeque<String>,
+}
+
+/// How many identities are kept. A write takes seconds, so what matters are the latest.
+const GONE_KEPT: usize = 1024;
 
 impl<K> Clone for Shelf<K>
 where
@@ -33,7 +47,7 @@ where
 {
     fn clone(&self) -> Self {
         Self {
-            writer: Arc::clone(&self.writer),
+            state: Arc::clone(&self.state),
             reader: self.reader.clone(),
             news: Arc::clone(&self.news),
         }
@@ -48,8 +62,12 @@ where
     pub(crate) fn new(news: Arc<Notify>) -> Self {
         let writer = Writer::default();
         let reader = writer.as_reader();
+        let state = State {
+            writer,
+            gone: VecDeque::new(),
+        };
         Self {
-            writer: Arc::new(Mutex::new(writer)),
+            state: Arc::new(Mutex::new(state)),
             reader,
             news,
         }
@@ -85,7 +103,15 @@ where
 
     /// Puts the answer to an own write onto the shelf.
     pub(crate) fn wrote(&self, object: K) {
-        self.take(Event::Apply(object));
+        let mut state = self.lock();
+        let is_gone = object
+            .meta()
+            .uid
+            .as_ref()
+            .is_some_and(|uid| state.gone.contains(uid));
+        if !is_gone {
+            self.take_locked(&mut state, Event::Apply(object));
+        }
     }
 
     /// Takes an object off the shelf that the operator has deleted itself.
@@ -95,6 +121,15 @@ where
 
     /// Takes what the watch tells.
     pub(crate) fn take(&self, event: Event<K>) {
+        self.take_locked(&mut self.lock(), event);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<K>> {
+        // A poisoned lock means that a thread panicked between two whole updates: the map is sound.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_locked(&self, state: &mut State<K>, event: Event<K>) {
         let held = |object: &K| {
             self.reader
                 .get(&object.to_object_ref(()))
@@ -112,17 +147,23 @@ where
                 }
                 _ => (Event::InitApply(object), false),
             },
-            // An object of the same name that was made since must stay.
-            Event::Delete(object) if held(&object).is_none() => return,
-            Event::Delete(object) => (Event::Delete(object), true),
+            Event::Delete(object) => {
+                state.bury(&object);
+                // An object of the same name that was made since must stay.
+                if held(&object).is_none() {
+                    return;
+                }
+                (Event::Delete(object), true)
+            }
             Event::Init => (Event::Init, false),
             Event::InitDone => (Event::InitDone, true),
         };
-        // A poisoned lock means that a thread panicked between two whole updates: the map is sound.
-        self.writer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .apply_watcher_event(&event);
+        let relisted = matches!(event, Event::InitDone);
+        let before = if relisted { self.reader.state() } else { Vec::new() };
+        state.writer.apply_watcher_event(&event);
+        for object in before.iter().filter(|object| held(object).is_none()) {
+            state.bury(object);
+        }
         if is_news {
             self.news.notify_one();
         }
@@ -152,12 +193,26 @@ where
                 Err(error) => {
                     // Once an outage, not once an attempt.
                     if !failing {
+                        failing = true;
                         warn!(kind, %error, "Failed to watch; trying again");
+                        seen(Seen::Failed);
                     }
-                    failing = true;
                 }
             }
         }
+    }
+}
+
+impl<K> State<K>
+where
+    K: Resource<DynamicType = ()> + Clone + 'static,
+{
+    fn bury(&mut self, object: &K) {
+        let Some(uid) = &object.meta().uid else { return };
+        if self.gone.len() == GONE_KEPT {
+            self.gone.pop_front();
+        }
+        self.gone.push_back(uid.clone());
     }
 }
 
@@ -165,6 +220,8 @@ where
 pub(crate) enum Seen<'a, K> {
     /// A change.
     Event(&'a Event<K>),
+    /// The watch failed; it is tried again.
+    Failed,
     /// The watch works again after a failure.
     Recovered,
 }
@@ -227,6 +284,26 @@ mod tests {
         assert_eq!(version(&shelf).as_deref(), Some("10"));
         shelf.take(Event::Delete(config_map("2", "11")));
         assert_eq!(version(&shelf), None);
+    }
+
+    #[test]
+    fn the_answer_to_a_write_does_not_bring_a_deleted_object_back() {
+        let shelf = Shelf::new(Arc::new(Notify::new()));
+        shelf.take(Event::Apply(config_map("1", "9")));
+        shelf.take(Event::Delete(config_map("1", "11")));
+        shelf.wrote(config_map("1", "10"));
+        assert_eq!(version(&shelf), None, "deleted while the write was under way");
+        shelf.wrote(config_map("2", "12"));
+        shelf.take(Event::Init);
+        shelf.take(Event::InitDone);
+        shelf.wrote(config_map("2", "13"));
+        assert_eq!(version(&shelf), None, "gone from a new listing");
+        shelf.take(Event::Apply(config_map("2", "14")));
+        assert_eq!(
+            version(&shelf).as_deref(),
+            Some("14"),
+            "the watch itself is believed"
+        );
     }
 
     #[test]

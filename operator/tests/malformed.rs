@@ -105,6 +105,8 @@ async fn a_running_deployment_that_turns_malformed_runs_on_under_its_rules() {
     world.apply(&world.policies(), &policy).await;
     world.deploy("chat").await;
     world.until_ready("chat").await;
+    // The plan learns the model's true size once it is ready.
+    let_pass(60).await;
     let before = world.nodes().get("pi").await.unwrap().spec;
     assert_eq!(before.policies[0].deployments, ["default/chat"]);
     let api = anything::<freehold_crds::ModelDeployment>(&world, Some("default"));
