@@ -1,0 +1,280 @@
+//! What a decoder is made of, read from a GGUF file and checked against its tensors.
+
+use crate::InvalidModel;
+use crate::gguf::{GgufFile, Value};
+
+/// Shape of the feed-forward gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Activation {
+    Silu,
+    /// The tanh approximation, as Gemma was trained with.
+    Gelu,
+}
+
+/// Which numbers of a head RoPE turns together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RopePairs {
+    /// 2i with 2i+1: how GGUF stores llama's heads.
+    Neighbours,
+    /// i with i + dim/2.
+    Halves,
+}
+
+/// What a decoder is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct DecoderConfig {
+    pub(crate) architecture: String,
+    pub(crate) hidden_size: usize,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) feed_forward: usize,
+    pub(crate) vocab_size: usize,
+    pub(crate) context_length: usize,
+    pub(crate) norm_epsilon: f32,
+    pub(crate) activation: Activation,
+    pub(crate) rope_pairs: RopePairs,
+    pub(crate) rope_dimensions: usize,
+    pub(crate) rope_base: f32,
+    /// Base of the layers that see only the sliding window.
+    pub(crate) rope_base_local: f32,
+    /// Positions are divided by this (linear scaling).
+    pub(crate) rope_scale: f32,
+    /// Tokens that a local layer sees.
+    pub(crate) sliding_window: Option<usize>,
+    /// Every so many layers one sees everything.
+    pub(crate) global_every: usize,
+    /// Queries and keys are normalised by head, and outputs of both halves of a layer too (Gemma 3).
+    pub(crate) gemma_norms: bool,
+    /// Embeddings are multiplied by this.
+    pub(crate) embedding_scale: f32,
+}
+
+/// Bounds far above every model that exists, far below what would exhaust a machine.
+const MAX_LAYERS: usize = 1024;
+const MAX_HEADS: usize = 1024;
+const MAX_SIZE: usize = 1 << 20;
+
+impl DecoderConfig {
+    /// Reads the metadata.
+    ///
+    /// # Errors
+    /// When the architecture is not supported, a key is missing, or numbers do not fit together.
+    pub(crate) fn from_gguf(file: &GgufFile) -> Result<Self, InvalidModel> {
+        let architecture = file
+            .value("general.architecture")?
+            .to_str("general.architecture")?
+            .to_owned();
+        let gemma = match architecture.as_str() {
+            "llama" => false,
+            "gemma3" => true,
+            other => {
+                return Err(InvalidModel::unsupported(
+                    "general.architecture",
+                    other,
+                    "llama (Mistral, SmolLM and kin) and gemma3; a BERT-type encoder comes as a folder with safetensors",
+                ));
+            }
+        };
+        let key = |name: &str| format!("{architecture}.{name}");
+        let size = |name: &str, most: usize| -> Result<usize, InvalidModel> {
+            let key = key(name);
+            let value = file.u32(&key)? as usize;
+            if value == 0 || value > most {
+                Err(InvalidModel::inconsistent(
+                    key,
+                    value,
+                    format!("from 1 to {most}"),
+                ))
+            } else {
+                Ok(value)
+            }
+        };
+        let optional = |name: &str| {
+            file.optional(&key(name), Value::to_u32)
+                .map(|value| value.map(|v| v as usize))
+        };
+        let real = |name: &str| file.optional(&key(name), Value::to_f32);
+        let hidden_size = size("embedding_length", MAX_SIZE)?;
+        let heads = size("attention.head_count", MAX_HEADS)?;
+        let kv_heads = optional("attention.head_count_kv")?.unwrap_or(heads);
+        if kv_heads == 0 || heads % kv_heads != 0 {
+            return Err(InvalidModel::inconsistent(
+                key("attention.head_count_kv"),
+                kv_heads,
+                format!("a divisor of the {heads} heads"),
+            ));
+        }
+        let head_dim = match optional("attention.key_length")? {
+            Some(length) => length,
+            None if hidden_size % heads == 0 => hidden_size / heads,
+            None => {
+                return Err(InvalidModel::inconsistent(
+                    key("embedding_length"),
+                    hidden_size,
+                    format!("a multiple of the {heads} heads"),
+                ));
+            }
+        };
+        let value_dim = optional("attention.value_length")?.unwrap_or(head_dim);
+        if head_dim == 0 || head_dim % 2 != 0 || head_dim > 4096 || value_dim != head_dim {
+            return Err(InvalidModel::inconsistent(
+                key("attention.key_length"),
+                format!("{head_dim} (values: {value_dim})"),
+                "an even number up to 4096, the same for keys and values",
+            ));
+        }
+        let rope_dimensions = optional("rope.dimension_count")?.unwrap_or(head_dim);
+        if rope_dimensions == 0 || rope_dimensions % 2 != 0 || rope_dimensions > head_dim {
+            return Err(InvalidModel::inconsistent(
+                key("rope.dimension_count"),
+                rope_dimensions,
+                format!("an even number up to {head_dim}"),
+            ));
+        }
+        let rope_scale = match file.optional(&key("rope.scaling.type"), Value::to_str)? {
+            None | Some("none") => real("rope.scale_linear")?.unwrap_or(1.0),
+            Some("linear") => real("rope.scaling.factor")?.unwrap_or(1.0),
+            Some(other) => {
+                return Err(InvalidModel::unsupported(
+                    key("rope.scaling.type"),
+                    other,
+                    "none and linear",
+                ));
+            }
+        };
+        if file.tensors().contains_key("rope_freqs.weight") {
+            return Err(InvalidModel::unsupported(
+                "tensor rope_freqs.weight",
+                "there (RoPE scaling of Llama 3.1)",
+                "models without it",
+            ));
+        }
+        let embedding = file.info("token_embd.weight")?;
+        let vocab_size = match embedding.shape.as_slice() {
+            [rows, columns] if *columns == hidden_size => *rows,
+            other => {
+                return Err(InvalidModel::inconsistent(
+                    "shape of tensor token_embd.weight",
+                    format!("{other:?}"),
+                    format!("[vocabulary, {hidden_size}]"),
+                ));
+            }
+        };
+        let rope_base = real("rope.freq_base")?.unwrap_or(if gemma { 1_000_000.0 } else { 10_000.0 });
+        let config = Self {
+            hidden_size,
+            layers: size("block_count", MAX_LAYERS)?,
+            heads,
+            kv_heads,
+            head_dim,
+            feed_forward: size("feed_forward_length", MAX_SIZE)?,
+            vocab_size,
+            context_length: size("context_length", 1 << 24)?,
+            norm_epsilon: real("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+            activation: if gemma { Activation::Gelu } else { Activation::Silu },
+            rope_pairs: if gemma {
+                RopePairs::Halves
+            } else {
+                RopePairs::Neighbours
+            },
+            rope_dimensions,
+            rope_base,
+            rope_base_local: if gemma {
+                real("rope.local.freq_base")?.unwrap_or(10_000.0)
+            } else {
+                rope_base
+            },
+            rope_scale,
+            sliding_window: if gemma {
+                optional("attention.sliding_window")?.filter(|&window| window > 0)
+            } else {
+                None
+            },
+            global_every: if gemma {
+                optional("attention.sliding_window_type")?.unwrap_or(6).max(1)
+            } else {
+                1
+            },
+            gemma_norms: gemma,
+            embedding_scale: if gemma { (hidden_size as f32).sqrt() } else { 1.0 },
+            architecture: architecture.clone(),
+        };
+        let positive = [
+            ("rope.freq_base", config.rope_base),
+            ("rope.scaling.factor", config.rope_scale),
+            ("attention.layer_norm_rms_epsilon", config.norm_epsilon),
+        ];
+        for (name, value) in positive {
+            if value <= 0.0 {
+                return Err(InvalidModel::inconsistent(key(name), value, "a positive number"));
+            }
+        }
+        if file
+            .tensors()
+            .keys()
+            .any(|name| name.ends_with("ffn_gate_inp.weight"))
+        {
+            return Err(InvalidModel::unsupported(
+                "the feed-forward part",
+                "a mixture of experts",
+                "one dense feed-forward part a layer",
+            ));
+        }
+        Ok(config)
+    }
+
+    /// Whether a layer sees only the sliding window.
+    pub(crate) fn is_local(&self, layer: usize) -> bool {
+        self.sliding_window.is_some() && (layer + 1) % self.global_every != 0
+    }
+
+    /// The tensors of the model with their shapes, `[rows, columns]` for matrices.
+    pub(crate) fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
+        let (hidden, q, kv) = (
+            self.hidden_size,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        );
+        let mut shapes = vec![
+            ("token_embd.weight".to_owned(), vec![self.vocab_size, hidden]),
+            ("output_norm.weight".to_owned(), vec![hidden]),
+        ];
+        for layer in 0..self.layers {
+            let mut add =
+                |name: &str, shape: Vec<usize>| shapes.push((format!("blk.{layer}.{name}.weight"), shape));
+            add("attn_norm", vec![hidden]);
+            add("attn_q", vec![q, hidden]);
+            add("attn_k", vec![kv, hidden]);
+            add("attn_v", vec![kv, hidden]);
+            add("attn_output", vec![hidden, q]);
+            add("ffn_norm", vec![hidden]);
+            add("ffn_gate", vec![self.feed_forward, hidden]);
+            add("ffn_up", vec![self.feed_forward, hidden]);
+            add("ffn_down", vec![hidden, self.feed_forward]);
+            if self.gemma_norms {
+                add("attn_q_norm", vec![self.head_dim]);
+                add("attn_k_norm", vec![self.head_dim]);
+                add("post_attention_norm", vec![hidden]);
+                add("post_ffw_norm", vec![hidden]);
+            }
+        }
+        shapes
+    }
+
+    /// Checks that every tensor is there with its shape.
+    pub(crate) fn check_tensors(&self, file: &GgufFile) -> Result<(), InvalidModel> {
+        for (name, shape) in self.tensor_shapes() {
+            let found = &file.info(&name)?.shape;
+            if *found != shape {
+                return Err(InvalidModel::inconsistent(
+                    format!("shape of tensor {name}"),
+                    format!("{found:?}"),
+                    format!("{shape:?}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,170 @@
+//! The model's own chat template, run with bounded fuel and bounded output: it comes from a file that
+//! somebody else wrote.
+
+use std::io::Write;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value};
+use serde_json::Value as Json;
+
+use crate::InvalidModel;
+use crate::gguf::GgufFile;
+
+/// Instructions that one rendering may take. A conversation of a thousand messages takes a few hundred
+/// thousand; a loop without end is stopped within a second.
+const FUEL: u64 = 5_000_000;
+/// Longest rendering: 16 MiB of prompt exceed every context.
+const OUTPUT_LIMIT: usize = 16 << 20;
+const NAME: &str = "chat";
+
+/// A compiled chat template.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos: String,
+    eos: String,
+}
+
+impl ChatTemplate {
+    /// The template of a GGUF file, if it has one.
+    ///
+    /// # Errors
+    /// When the template does not compile.
+    pub fn from_gguf(file: &GgufFile, bos: String, eos: String) -> Result<Option<Self>, InvalidModel> {
+        let key = "tokenizer.chat_template";
+        let Some(source) = file.optional(key, crate::gguf::Value::to_str)? else {
+            return Ok(None);
+        };
+        let template = Self::new(source.to_owned(), bos, eos);
+        template
+            .map(Some)
+            .map_err(|error| InvalidModel::inconsistent(key, error, "a Jinja template"))
+    }
+
+    /// Compiles a template.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn new(source: String, bos: String, eos: String) -> Result<Self, String> {
+        let mut environment = Environment::new();
+        // As transformers sets up Jinja, for which these templates are written.
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build();
+        environment.set_syntax(syntax.map_err(|error| describe(&error))?);
+        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment.set_fuel(Some(FUEL));
+        environment.set_recursion_limit(64);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> Result<String, minijinja::Error> {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        environment
+            .add_template_owned(NAME, source)
+            .map_err(|error| describe(&error))?;
+        Ok(Self {
+            environment,
+            bos,
+            eos,
+        })
+    }
+
+    /// Renders a conversation.
+    ///
+    /// # Errors
+    /// What the template says of the conversation, or that it took too long.
+    pub fn render(
+        &self,
+        messages: &Json,
+        tools: Option<&Json>,
+        add_generation_prompt: bool,
+    ) -> Result<String, String> {
+        let template = self
+            .environment
+            .get_template(NAME)
+            .map_err(|error| describe(&error))?;
+        let context = minijinja::context! {
+            messages => Value::from(Serde(messages)),
+            tools => tools.map(|tools| Value::from(Serde(tools))), add_generation_prompt => add_generation_prompt,
+            bos_token => self.bos.clone(), eos_token => self.eos.clone(),
+        };
+        let mut output = Bounded(Vec::new());
+        template
+            .render_captured_to(context, &mut output)
+            .map_err(|error| describe(&error))?;
+        String::from_utf8(output.0).map_err(|error| error.to_string())
+    }
+}
+
+fn describe(error: &minijinja::Error) -> String {
+    match error.kind() {
+        ErrorKind::OutOfFuel => "it takes too many steps (a loop without end?)".to_owned(),
+        _ => format!("{error}").replace('\n', " "),
+    }
+}
+
+/// A buffer that refuses to grow past its limit.
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > OUTPUT_LIMIT {
+            return Err(std::io::Error::other(format!(
+                "the rendering exceeds {OUTPUT_LIMIT} bytes"
+            )));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::time::{Duration, Instant};
+
+    fn render(source: &str) -> Result<String, String> {
+        let template = ChatTemplate::new(source.to_owned(), "<s>".into(), "</s>".into())?;
+        template.render(&json!([{"role": "user", "content": " hi "}]), None, true)
+    }
+
+    #[test]
+    fn templates_speak_the_python_dialect() {
+        let source = "{{ bos_token }}{% for m in messages %}{{ m['role'].upper() }}:{{ m.content.strip() }}\n{% endfor %}{% if add_generation_prompt %}A:{% endif %}";
+        assert_eq!(render(source).unwrap(), "<s>USER:hi\nA:");
+    }
+
+    #[test]
+    fn a_template_that_loops_is_stopped() {
+        let started = Instant::now();
+        let source = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{{ c }}{% endfor %}{% endfor %}{% endfor %}";
+        assert!(render(source).unwrap_err().contains("too many steps"));
+        assert!(
+            started.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            started.elapsed()
+        );
+    }
+
+    #[test]
+    fn a_template_that_grows_is_stopped() {
+        let source = "{% set x = namespace(s='xxxxxxxxxxxxxxxx') %}{% for a in range(9000) %}{{ 'x' * 100000 }}{% endfor %}";
+        let error = render(source).unwrap_err();
+        assert!(!error.is_empty());
+    }
+
+    #[test]
+    fn a_template_may_refuse_a_conversation() {
+        let error = render("{{ raise_exception('roles must alternate') }}").unwrap_err();
+        assert!(error.contains("roles must alternate"), "{error}");
+    }
+}

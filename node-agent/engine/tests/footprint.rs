@@ -1,0 +1,59 @@
+//! What an engine takes of the machine. Alone in its process, so that the figures are its own.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::ask::{answer, eventually, request, tokens};
+use common::{PROMPTS, SMOLLM2, model};
+use freehold_engine::{Engine, EngineOptions, KvType};
+
+/// Bytes of this process in memory.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// Processor time of this process so far, in ticks of 10 ms.
+fn ticks() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let after_name = stat.rsplit(')').next().unwrap();
+    let fields: Vec<&str> = after_name.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn memory_stays_near_the_files_size_and_idleness_costs_nothing() {
+    let path = model(SMOLLM2);
+    let file = std::fs::metadata(&path).unwrap().len();
+    let options = EngineOptions {
+        context_length: Some(2048),
+        max_sequences: 2,
+        ..EngineOptions::default()
+    };
+    let engine = Engine::load(&path, &options, |_| ()).unwrap();
+    let prompt: Vec<u32> = tokens(&engine, &PROMPTS.join(" ").repeat(3));
+    let context = prompt.len() as u64 + 16;
+    answer(&engine, request(prompt, 16));
+    let kv = engine.facts().kv_bytes_per_token(KvType::F16) * context;
+    let (resident, allowed) = (resident(), file * 13 / 10 + kv);
+    println!(
+        "{} MiB resident for a file of {} MiB and {} MiB of KV cache",
+        resident >> 20,
+        file >> 20,
+        kv >> 20
+    );
+    assert!(resident <= allowed, "{resident} bytes are resident, {allowed} allowed");
+
+    eventually("the engine is idle", || engine.progress().active == 0);
+    let steps = engine.progress().steps;
+    // The threads of the pool look for work a moment longer before they sleep.
+    std::thread::sleep(Duration::from_millis(100));
+    let before = ticks();
+    std::thread::sleep(Duration::from_millis(500));
+    let spent = ticks() - before;
+    assert!(spent <= 1, "{spent} ticks of 10 ms were spent in half a second of rest");
+    assert_eq!(engine.progress().steps, steps);
+}
