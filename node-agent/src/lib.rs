@@ -1,1 +1,30 @@
-//! The agent of one machine: model store, supervisor, heartbeat, gateway
+//! The agent of one machine: it makes the machine do what its InferenceNode object says, and says how
+//! that goes.
+//!
+//! ```text
+//!            ┌ watch ─▶ spec (also on disk) ─▶ supervisor ─▶ worker processes ◀─ Unix socket ─┐
+//!  API ◀────▶┤                                     │  ▲                                       │
+//!            ├ status ◀──────────── snapshot ──────┘  └─ fetches, exits, beats, probes        │
+//!            └ heartbeat (Lease)                   └─ routes, rules ─▶ gateway ───────────────┘
+//! ```
+//! Each box is one task. The supervisor alone decides; everything slow runs beside it and reports to it
+//! by events, so it never waits for what it supervises. With the API gone all but `status` and
+//! `heartbeat` go on. Start reading at [`agent`], then [`supervisor`].
+
+pub mod agent;
+pub mod args;
+mod config;
+mod error;
+mod heartbeat;
+pub mod inventory;
+mod metrics;
+mod spec_file;
+mod status;
+pub mod store;
+mod supervisor;
+mod watch;
+pub mod worker;
+
+pub use agent::Agent;
+pub use config::AgentConfig;
+pub use error::StartAgent;

@@ -15,7 +15,16 @@ pub(super) async fn read(path: &Path, sha256: Option<String>, verified: bool) ->
         .await
         .map_err(|error| invalid(error.to_string()))?
         .map_err(|error| invalid(error.to_string()))?;
-    Ok(ModelFacts {
+    Ok(describe(&facts, sha256, verified))
+}
+
+/// The engine's facts as the API tells them.
+pub(crate) fn describe(
+    facts: &freehold_engine::ModelFacts,
+    sha256: Option<String>,
+    verified: bool,
+) -> ModelFacts {
+    ModelFacts {
         summary: Some(facts.summary()),
         sha256,
         verified,
@@ -31,5 +40,5 @@ pub(super) async fn read(path: &Path, sha256: Option<String>, verified: bool) ->
         weight_bytes: facts.weight_bytes,
         kv_bytes_per_token: facts.kv_bytes_per_token(KvType::F16),
         context_length: facts.context_length,
-    })
+    }
 }

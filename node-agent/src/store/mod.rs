@@ -12,7 +12,7 @@
 
 mod download;
 mod error;
-mod facts;
+pub(crate) mod facts;
 mod layout;
 mod verify;
 

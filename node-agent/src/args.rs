@@ -1,0 +1,131 @@
+//! The agent's command line, parsed once into an [`AgentConfig`].
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use freehold_crds::{DEFAULT_GATEWAY_PORT, Quantity};
+
+use crate::config::AgentConfig;
+use crate::store::StoreOptions;
+use crate::worker::WorkerArgs;
+
+/// The agent of one machine: it runs the models that the operator assigns to it
+#[derive(Debug, Parser)]
+#[command(name = "freehold-node-agent", version, args_conflicts_with_subcommands = true)]
+pub struct Arguments {
+    /// What to be instead of an agent.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to be an agent.
+    #[command(flatten)]
+    pub agent: AgentArgs,
+}
+
+/// What this program is besides an agent.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs one model; started by the agent
+    #[command(hide = true)]
+    Worker(WorkerArgs),
+}
+
+/// Settings of an agent.
+#[derive(Args, Debug)]
+pub struct AgentArgs {
+    /// Name of this machine; in a cluster, that of its Node
+    #[arg(long, env = "FREEHOLD_NODE")]
+    node: Option<String>,
+    /// Folder for models, audit records and the last accepted spec
+    #[arg(long, env = "FREEHOLD_DATA_DIR", default_value = "/var/lib/freehold")]
+    data_dir: PathBuf,
+    /// Where the gateway listens
+    #[arg(long, env = "FREEHOLD_GATEWAY_LISTEN", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_GATEWAY_PORT)))]
+    gateway_listen: SocketAddr,
+    /// Host (and port) under which others reach the gateway, if not the one it listens on
+    #[arg(long, env = "FREEHOLD_GATEWAY_ADVERTISE")]
+    gateway_advertise: Option<String>,
+    /// Most memory for all models together, such as 6Gi; otherwise found out
+    #[arg(long, env = "FREEHOLD_MEMORY_LIMIT")]
+    memory_limit: Option<String>,
+    /// Seconds between two heartbeats
+    #[arg(long, env = "FREEHOLD_HEARTBEAT_SECONDS", default_value_t = 12, value_parser = clap::value_parser!(u64).range(1..=20))]
+    heartbeat_seconds: u64,
+    /// Labels of this machine, as key=value
+    #[arg(long = "label", env = "FREEHOLD_LABELS", value_delimiter = ',', value_parser = label)]
+    labels: Vec<(String, String)>,
+    /// Where /metrics, /healthz and /readyz are served; nowhere if absent
+    #[arg(long, env = "FREEHOLD_METRICS_LISTEN")]
+    metrics_listen: Option<SocketAddr>,
+    /// Hugging Face hub or a mirror of it
+    #[arg(long, env = "HF_ENDPOINT")]
+    hub_endpoint: Option<String>,
+    /// Token for that hub
+    #[arg(long, env = "HF_TOKEN", hide_env_values = true)]
+    hub_token: Option<String>,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text:?} is not key=value")),
+    }
+}
+
+impl AgentArgs {
+    /// The settings, checked as far as they can be without the machine.
+    ///
+    /// # Errors
+    /// The option that does not read.
+    pub fn into_config(self) -> Result<AgentConfig, String> {
+        let node = self.node.or_else(host_name).ok_or("--node is not given, and this machine has no name")?;
+        let memory_limit = self.memory_limit.map(|text| Quantity(text).bytes()).transpose();
+        let usual = StoreOptions::default();
+        let hub_endpoint =
+            self.hub_endpoint.map_or(usual.hub_endpoint, |address| address.trim_end_matches('/').to_owned());
+        Ok(AgentConfig {
+            gateway_listen: self.gateway_listen,
+            gateway_advertise: self.gateway_advertise,
+            heartbeat: Duration::from_secs(self.heartbeat_seconds),
+            memory_limit: memory_limit.map_err(|error| format!("--memory-limit: {error}"))?,
+            labels: self.labels.into_iter().collect::<BTreeMap<_, _>>(),
+            metrics_listen: self.metrics_listen,
+            store: StoreOptions { hub_endpoint, hub_token: self.hub_token, reserve_bytes: usual.reserve_bytes },
+            ..AgentConfig::new(node, self.data_dir)
+        })
+    }
+}
+
+/// The machine's own name, as Kubernetes would write it.
+fn host_name() -> Option<String> {
+    let name = rustix::system::uname().nodename().to_string_lossy().to_lowercase();
+    (!name.is_empty()).then_some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(arguments: &[&str]) -> Result<AgentConfig, String> {
+        let program = std::iter::once(&"freehold-node-agent");
+        let parsed = Arguments::try_parse_from(program.chain(arguments)).map_err(|error| error.to_string())?;
+        parsed.agent.into_config()
+    }
+
+    #[test]
+    fn options_become_settings() {
+        let arguments = ["--node", "pi", "--data-dir", "/d", "--memory-limit", "2Gi", "--label", "room=attic,gpu=none"];
+        let config = config(&arguments).expect("settings");
+        assert_eq!((config.node.as_str(), config.memory_limit), ("pi", Some(2 << 30)));
+        assert_eq!(config.labels.get("gpu").map(String::as_str), Some("none"));
+    }
+
+    #[test]
+    fn what_does_not_read_is_named() {
+        assert!(config(&["--node", "a", "--memory-limit", "lots"]).expect_err("no").contains("--memory-limit"));
+        assert!(config(&["--node", "a", "--label", "x"]).expect_err("no").contains("key=value"));
+        assert!(config(&["--node", "a", "--heartbeat-seconds", "0"]).is_err());
+    }
+}

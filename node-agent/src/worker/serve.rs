@@ -1,0 +1,211 @@
+//! The worker's socket: HTTP in front of the engine.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use freehold_engine::{Engine, GenerateEvent, GenerateRequest, GenerationHandle, Prompt, Reject};
+use freehold_gateway::worker::{
+    EmbedCall, EmbedReply, GenerateCall, WorkerError, WorkerErrorKind, WorkerEvent, WorkerReady, WorkerStatus,
+};
+use futures::StreamExt;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tracing::debug;
+
+use super::{beat, convert};
+
+/// Events that a caller may leave unread. The engine never waits: who falls further behind, with the
+/// socket's own buffer full too, has stalled, and its request is cancelled.
+const EVENTS_AHEAD: usize = 4096;
+/// Longest body of a call in bytes: the gateway's own limit, and room for JSON.
+const BODY_LIMIT: usize = 32 << 20;
+
+/// Embedding calls: they compute on their own threads, one after the other.
+#[derive(Clone, Debug)]
+pub(super) struct Embedding {
+    turn: Arc<Semaphore>,
+    /// Calls that compute or wait.
+    present: Arc<AtomicU32>,
+}
+
+impl Default for Embedding {
+    fn default() -> Self {
+        // The encoder uses all cores for one text; two at once gain nothing.
+        Self { turn: Arc::new(Semaphore::new(1)), present: Arc::default() }
+    }
+}
+
+impl Embedding {
+    pub(super) fn active(&self) -> u32 {
+        self.present.load(Ordering::Relaxed).min(1)
+    }
+
+    pub(super) fn queued(&self) -> u32 {
+        self.present.load(Ordering::Relaxed).saturating_sub(1)
+    }
+}
+
+/// Counts a call as long as it lives.
+struct Present(Arc<AtomicU32>);
+
+impl Present {
+    fn enter(count: &Arc<AtomicU32>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[derive(Clone)]
+struct Served {
+    engine: Engine,
+    embedding: Embedding,
+    ready: Arc<WorkerReady>,
+}
+
+pub(super) fn router(engine: Engine, embedding: Embedding, ready: WorkerReady) -> Router {
+    Router::new()
+        .route("/generate", post(generate))
+        .route("/embed", post(embed))
+        .route("/status", get(status))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .with_state(Served { engine, embedding, ready: Arc::new(ready) })
+}
+
+/// A refusal as an answer.
+struct Refused(WorkerError);
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        (self.0.kind.status(), Json(self.0)).into_response()
+    }
+}
+
+impl From<Reject> for Refused {
+    fn from(reject: Reject) -> Self {
+        Self(convert::refusal(&reject))
+    }
+}
+
+impl Refused {
+    fn internal(problem: &dyn std::fmt::Display) -> Self {
+        let message = format!("the worker failed: {problem}");
+        Self(WorkerError { kind: WorkerErrorKind::Internal, message, field: None, retry_after_ms: None })
+    }
+}
+
+/// Reads a call. The position of a fault is told, never the text around it.
+fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Refused> {
+    serde_json::from_slice(body).map_err(|error| {
+        let (kind, column) = (error.classify(), error.column());
+        Refused(WorkerError {
+            kind: WorkerErrorKind::InvalidRequest,
+            message: format!("the call does not read: {kind:?} at column {column}"),
+            field: None,
+            retry_after_ms: None,
+        })
+    })
+}
+
+async fn status(State(served): State<Served>) -> Json<WorkerStatus> {
+    let beat = beat::read(&served.engine, &served.embedding);
+    Json(WorkerStatus { ready: (*served.ready).clone(), beat })
+}
+
+async fn generate(State(served): State<Served>, body: Bytes) -> Result<Response, Refused> {
+    let call: GenerateCall = parse(&body)?;
+    let echo = echo(&call, &served.engine);
+    let request = convert::request(call);
+    let (events, receiver) = mpsc::channel(EVENTS_AHEAD);
+    // Templates and tokenizers take their time with long prompts.
+    let engine = served.engine;
+    let handle = tokio::task::spawn_blocking(move || begin(&engine, request, echo, events))
+        .await
+        .map_err(|error| Refused::internal(&error))??;
+    // The handle lives as long as the body: a caller that leaves drops both, which frees the slot.
+    let lines = ReceiverStream::new(receiver).map(move |event| {
+        let _held: &GenerationHandle = &handle;
+        line(&event)
+    });
+    Ok(([(http::header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+/// The prompt as text, where the answer begins with it.
+fn echo(call: &GenerateCall, engine: &Engine) -> Option<String> {
+    use freehold_gateway::worker::PromptInput::{Chat, Text, Tokens};
+    match &call.prompt {
+        _ if !call.echo => None,
+        Text { text } => Some(text.clone()),
+        Tokens { tokens } => {
+            let known = tokens.iter().all(|&token| (token as usize) < engine.tokenizer().vocab_size());
+            known.then(|| engine.tokenizer().decode(tokens))
+        }
+        Chat { .. } => None,
+    }
+}
+
+fn begin(
+    engine: &Engine,
+    request: GenerateRequest,
+    mut echo: Option<String>,
+    events: mpsc::Sender<WorkerEvent>,
+) -> Result<GenerationHandle, Reject> {
+    let id = request.id.clone();
+    let sink = move |event: GenerateEvent| {
+        let started = matches!(event, GenerateEvent::Started { .. });
+        let Some(event) = convert::event(event) else { return ControlFlow::Continue(()) };
+        let echoed = echo.take_if(|_| started).map(|text| WorkerEvent::Text { text, tokens: Vec::new() });
+        for event in std::iter::once(event).chain(echoed) {
+            if events.try_send(event).is_err() {
+                debug!(request = %id, "Caller left or stalled");
+                return ControlFlow::Break(());
+            }
+        }
+        ControlFlow::Continue(())
+    };
+    engine.generate(request, Box::new(sink))
+}
+
+fn line(event: &WorkerEvent) -> Result<Bytes, serde_json::Error> {
+    let mut line = serde_json::to_vec(event)?;
+    line.push(b'\n');
+    Ok(line.into())
+}
+
+async fn embed(State(served): State<Served>, body: Bytes) -> Result<Json<EmbedReply>, Refused> {
+    let call: EmbedCall = parse(&body)?;
+    let present = Present::enter(&served.embedding.present);
+    let turn = Arc::clone(&served.embedding.turn).acquire_owned().await.map_err(|error| Refused::internal(&error))?;
+    // A caller that leaves while it waits is gone here; once begun, its texts are computed one by one
+    // until the handle below is dropped.
+    let left = Arc::new(());
+    let watch = Arc::downgrade(&left);
+    let embedded = tokio::task::spawn_blocking(move || {
+        let (_present, _turn) = (present, turn);
+        let mut reply = EmbedReply { vectors: Vec::with_capacity(call.input.len()), prompt_tokens: 0 };
+        for input in call.input {
+            if watch.strong_count() == 0 {
+                return Err(Reject::Stopping);
+            }
+            let text: Prompt = convert::embed_input(input);
+            let embedded = served.engine.embed(std::slice::from_ref(&text))?;
+            reply.prompt_tokens = reply.prompt_tokens.saturating_add(convert::count(embedded.prompt_tokens));
+            reply.vectors.extend(embedded.vectors);
+        }
+        Ok(reply)
+    });
+    let reply = embedded.await.map_err(|error| Refused::internal(&error))??;
+    drop(left);
+    Ok(Json(reply))
+}
