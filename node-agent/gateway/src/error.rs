@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 use crate::metrics::Endpoint;
 use crate::worker::{CallWorker, WorkerError, WorkerErrorKind};
 
+/// Code of a prompt, or a prompt and its answer, beyond the context.
+const TOO_LONG: &str = "context_length_exceeded";
 /// Seconds after which a client may try again where nothing better is known.
 const RETRY_SECONDS: u64 = 2;
 
@@ -51,9 +53,9 @@ impl ApiError {
         self.code(code)
     }
 
-    /// Names the prompt as the endpoint does.
+    /// Names the prompt that is too long as the endpoint does.
     pub(crate) fn in_terms_of(mut self, endpoint: Endpoint) -> Self {
-        if matches!(self.param.as_deref(), Some("messages" | "prompt")) {
+        if self.code == Some(TOO_LONG) {
             let name = match endpoint {
                 Endpoint::chat_completions => "messages",
                 Endpoint::completions => "prompt",
@@ -189,9 +191,7 @@ impl ApiError {
             Refusal::OutputTooLong { .. } => Self::bad_request(message)
                 .param("max_tokens")
                 .code("max_tokens_exceeded"),
-            Refusal::ContextTooLong { .. } => Self::bad_request(message)
-                .param("messages")
-                .code("context_length_exceeded"),
+            Refusal::ContextTooLong { .. } => Self::bad_request(message).param("messages").code(TOO_LONG),
             Refusal::TooMuch {
                 unit, retry_after, ..
             } => Self::new(StatusCode::TOO_MANY_REQUESTS, unit.as_str(), message)
@@ -254,9 +254,9 @@ impl ApiError {
                     .code("queue_full")
                     .retry_after(whole_seconds(wait))
             }
-            WorkerErrorKind::PromptTooLong => Self::bad_request(message)
-                .param(field("messages"))
-                .code("context_length_exceeded"),
+            WorkerErrorKind::PromptTooLong => {
+                Self::bad_request(message).param(field("messages")).code(TOO_LONG)
+            }
             WorkerErrorKind::InvalidRequest => {
                 let error = Self::bad_request(message).code("invalid_value");
                 match refusal.field {

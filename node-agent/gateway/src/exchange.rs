@@ -132,6 +132,8 @@ impl Intake {
 
     /// Decides by the rules, opens the audit record and takes a share of the limits.
     pub(crate) async fn admit(&mut self, ask: Ask<'_>) -> Result<(Exchange, Size), ApiError> {
+        // The body took its time to come: what holds now decides.
+        self.snapshot = self.gateway.snapshot();
         let snapshot = Arc::clone(&self.snapshot);
         if !snapshot.applied {
             return Err(ApiError::not_ready(

@@ -6,11 +6,14 @@ use std::time::{Duration, Instant};
 
 use freehold_crds::inference_node::CompiledPolicy;
 use freehold_rules::govern::limits::Limiter;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::audit::AuditLog;
 use crate::bus::{Activator, Activity, ActivityBook, BusState, Snapshot, lock};
 use crate::metrics::Metrics;
+
+/// Bytes of a request body that are accounted for together.
+pub(crate) const BODY_UNIT: usize = 4096;
 
 /// Settings of a gateway.
 #[derive(Clone, Debug)]
@@ -21,6 +24,8 @@ pub struct GatewayOptions {
     pub audit_dir: PathBuf,
     /// Longest request body in bytes.
     pub request_body_limit: usize,
+    /// Most memory for request bodies in flight, all together, in bytes; what goes beyond gets 503.
+    pub body_memory_limit: usize,
     /// Longest time for the head of a request, and for which an idle connection is kept.
     pub header_read_limit: Duration,
     /// Longest time for the body of a request.
@@ -43,6 +48,7 @@ impl GatewayOptions {
             audit_dir: audit_dir.into(),
             // A context of a million tokens is about 4 MB of text.
             request_body_limit: 8 << 20,
+            body_memory_limit: 256 << 20,
             header_read_limit: Duration::from_secs(30),
             body_read_limit: Duration::from_secs(60),
             write_stall_limit: Duration::from_secs(30),
@@ -81,6 +87,8 @@ pub(crate) struct Inner {
     pub(crate) limiter: Mutex<Limiter>,
     pub(crate) metrics: Metrics,
     pub(crate) audit: AuditLog,
+    /// One permit for each [`BODY_UNIT`] of a body in flight.
+    pub(crate) body_memory: Arc<Semaphore>,
     /// The start of the limiter's clock.
     started: Instant,
 }
@@ -97,8 +105,10 @@ impl Gateway {
                 source,
             }
         })?;
+        let body_units = (options.body_memory_limit / BODY_UNIT).min(Semaphore::MAX_PERMITS);
         Ok(Self {
             inner: Arc::new(Inner {
+                body_memory: Arc::new(Semaphore::new(body_units)),
                 options,
                 activator,
                 bus: watch::Sender::new(Arc::new(Snapshot::default())),

@@ -8,7 +8,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures::stream;
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
@@ -19,6 +19,8 @@ use crate::exchange::{Exchange, HOP_HEADER};
 
 /// Longest wait for a connection: machines of one owner are near each other.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// Longest error of another gateway that is read, in bytes.
+const ERROR_LIMIT: usize = 64 << 10;
 /// Headers of the answer that reach the client.
 const PASSED_BACK: [http::HeaderName; 3] = [header::CONTENT_TYPE, header::CACHE_CONTROL, header::RETRY_AFTER];
 
@@ -120,6 +122,18 @@ fn authority_of(address: &str) -> Option<String> {
 impl PeerAnswer {
     pub(crate) fn status(&self) -> StatusCode {
         self.response.status()
+    }
+
+    /// What the other gateway says of an error.
+    pub(crate) async fn error_message(self) -> Option<String> {
+        let body = Limited::new(self.response.into_body(), ERROR_LIMIT).collect();
+        let body = timeout(CONNECT_LIMIT, body).await.ok()?.ok()?.to_bytes();
+        let error: serde_json::Value = serde_json::from_slice(&body).ok()?;
+        error
+            .get("error")?
+            .get("message")?
+            .as_str()
+            .map(ToOwned::to_owned)
     }
 
     /// The answer as this gateway's own. The exchange ends with its last byte.

@@ -16,20 +16,23 @@ use crate::worker::WorkerClient;
 /// Longest wait for the bus to show a worker that its activator says is ready.
 const SHOW_LIMIT: Duration = Duration::from_secs(5);
 
+/// An assignment on a machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    pub(crate) node: String,
+    pub(crate) assignment: String,
+}
+
 /// Where a request goes.
 pub(crate) enum Destination {
     /// To a worker of this machine, which counts it in flight from now on.
     Worker {
-        assignment: String,
+        place: Place,
         client: WorkerClient,
         activity: ActivityGuard,
     },
     /// To another machine's gateway.
-    Peer {
-        node: String,
-        assignment: String,
-        address: String,
-    },
+    Peer { place: Place, address: String },
 }
 
 /// The search for one request, which remembers who could not take it.
@@ -38,7 +41,8 @@ pub(crate) struct Routing {
     model: String,
     endpoint: Endpoint,
     may_forward: bool,
-    tried: BTreeSet<String>,
+    /// Machine and assignment: replicas on several machines share the assignment's name.
+    tried: BTreeSet<(String, String)>,
     last: Option<ApiError>,
     deadline: Instant,
 }
@@ -64,10 +68,11 @@ impl Routing {
         }
     }
 
-    /// Notes that `assignment` did not take the request, so that [`Routing::next`] looks further.
-    pub(crate) fn failed(&mut self, assignment: &str, error: ApiError) {
-        info!(assignment, error = %error, "Looked for another place for a request");
-        self.tried.insert(assignment.to_owned());
+    /// Notes that a place did not take the request, so that [`Routing::next`] looks further.
+    pub(crate) fn failed(&mut self, place: Place, error: ApiError) {
+        let Place { node, assignment } = place;
+        info!(node, assignment, error = %error, "Looked for another place for a request");
+        self.tried.insert((node, assignment));
         self.last = Some(error);
     }
 
@@ -79,7 +84,8 @@ impl Routing {
                 Found::Changed => {}
                 Found::Sleeping(assignment, activity) => {
                     if let Err(error) = self.wake(&assignment).await {
-                        self.failed(&assignment, error);
+                        let node = self.gateway.inner.options.node.clone();
+                        self.failed(Place { node, assignment }, error);
                     }
                     drop(activity);
                 }
@@ -99,7 +105,7 @@ impl Routing {
         let target = snapshot
             .targets(route, node, self.may_forward)
             .into_iter()
-            .find(|target| !self.tried.contains(assignment_of(target)));
+            .find(|target| !self.tried.contains(&place_of(target, node)));
         match target {
             None => Err(match &self.last {
                 Some(error) => error.clone(),
@@ -110,8 +116,10 @@ impl Routing {
                 assignment,
                 address,
             }) => Ok(Found::Destination(Destination::Peer {
-                node: node.to_owned(),
-                assignment: assignment.to_owned(),
+                place: Place {
+                    node: node.to_owned(),
+                    assignment: assignment.to_owned(),
+                },
                 address: address.to_owned(),
             })),
             Some(Target::Worker { assignment, worker } | Target::Sleeping { assignment, worker }) => {
@@ -125,7 +133,10 @@ impl Routing {
                 };
                 if now.ready {
                     Ok(Found::Destination(Destination::Worker {
-                        assignment: assignment.to_owned(),
+                        place: Place {
+                            node: node.to_owned(),
+                            assignment: assignment.to_owned(),
+                        },
                         client: WorkerClient::new(&now.socket),
                         activity,
                     }))
@@ -184,10 +195,10 @@ impl Routing {
     }
 }
 
-fn assignment_of<'a>(target: &Target<'a>) -> &'a str {
-    match target {
-        Target::Worker { assignment, .. }
-        | Target::Sleeping { assignment, .. }
-        | Target::Peer { assignment, .. } => assignment,
-    }
+fn place_of(target: &Target<'_>, here: &str) -> (String, String) {
+    let (node, assignment) = match target {
+        Target::Worker { assignment, .. } | Target::Sleeping { assignment, .. } => (here, assignment),
+        Target::Peer { node, assignment, .. } => (*node, assignment),
+    };
+    (node.to_owned(), (*assignment).to_owned())
 }

@@ -29,7 +29,7 @@ impl CompletionRequest {
         let model = super::model_name(&mut fields)?;
         let prompts = read_prompts(fields.required("prompt")?)?;
         let mut parameters = Parameters::take(&mut fields)?;
-        parameters.max_tokens.get_or_insert(USUAL_MAX_TOKENS);
+        parameters.usual_max_tokens = Some(USUAL_MAX_TOKENS);
         parameters.echo = fields.boolean("echo")?.unwrap_or(false);
         parameters.sampling.logprobs = fields.integer("logprobs", 0..=LOGPROBS_LIMIT)?;
         let best_of = fields.integer("best_of", 1..=u32::MAX)?;

@@ -14,7 +14,7 @@ const WIDTH: usize = 4;
 /// Generations on one worker, their events merged. Dropping it cancels all of them.
 pub(crate) struct FanOut {
     client: WorkerClient,
-    pending: VecDeque<(usize, GenerateCall)>,
+    pending: VecDeque<(usize, Box<GenerateCall>)>,
     active: FuturesUnordered<BoxFuture<'static, Step>>,
     width: usize,
     /// Whether any generation was taken on.
@@ -22,7 +22,7 @@ pub(crate) struct FanOut {
 }
 
 enum Step {
-    Opened(usize, GenerateCall, Result<Generation, CallWorker>),
+    Opened(usize, Box<GenerateCall>, Result<Generation, CallWorker>),
     Event(usize, Generation, Result<Option<WorkerEvent>, CallWorker>),
 }
 
@@ -30,7 +30,10 @@ impl FanOut {
     pub(crate) fn new(client: WorkerClient, calls: Vec<(usize, GenerateCall)>) -> Self {
         Self {
             client,
-            pending: calls.into(),
+            pending: calls
+                .into_iter()
+                .map(|(index, call)| (index, Box::new(call)))
+                .collect(),
             active: FuturesUnordered::new(),
             width: WIDTH,
             begun: false,

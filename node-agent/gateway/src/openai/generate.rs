@@ -161,6 +161,10 @@ impl GenerateJob {
     fn running(&self, client: WorkerClient, exchange: Exchange, size: &Size, assignment: &str) -> Running {
         let answers = self.parameters.answers as usize;
         let request_id = exchange.request_id();
+        let max_tokens = match (self.parameters.max_tokens, self.parameters.usual_max_tokens) {
+            (None, Some(usual)) => Some(size.output_tokens.map_or(usual, |cap| cap.min(usual))),
+            _ => size.output_tokens,
+        };
         let calls: Vec<_> = self
             .prompts
             .iter()
@@ -170,7 +174,7 @@ impl GenerateJob {
                     request_id,
                     prompt,
                     index * answers,
-                    size.output_tokens,
+                    max_tokens,
                     size.context_tokens,
                 )
             })

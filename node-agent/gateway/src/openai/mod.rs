@@ -14,6 +14,7 @@ mod parameters;
 mod wording;
 
 use std::any::Any;
+use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -26,6 +27,7 @@ use freehold_rules::govern::request::Size;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use http_body_util::BodyExt;
 use serde_json::Value;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::{error, warn};
@@ -33,7 +35,7 @@ use uuid::Uuid;
 
 use crate::error::ApiError;
 use crate::exchange::{Ask, Exchange, HOP_HEADER, Intake};
-use crate::gateway::Gateway;
+use crate::gateway::{BODY_UNIT, Gateway};
 use crate::metrics::Endpoint;
 use crate::peer;
 use crate::route::{Destination, Routing};
@@ -165,7 +167,13 @@ enum Job {
 struct Original {
     path: &'static str,
     headers: HeaderMap,
-    body: Bytes,
+    body: HeldBody,
+}
+
+/// A body with its share of the memory for bodies.
+struct HeldBody {
+    bytes: Bytes,
+    _share: Option<OwnedSemaphorePermit>,
 }
 
 async fn post(gateway: Gateway, endpoint: Endpoint, id: RequestId, request: Request) -> Response {
@@ -198,11 +206,11 @@ async fn admit(
     endpoint: Endpoint,
     headers: &HeaderMap,
     body: Body,
-) -> Result<(Job, Exchange, Size, Bytes), ApiError> {
+) -> Result<(Job, Exchange, Size, HeldBody), ApiError> {
     intake.authenticate()?;
     check_content_type(headers)?;
     let body = read_body(gateway, headers, body).await?;
-    let value = parse(&body)?;
+    let value = parse(&body.bytes)?;
     let job = match endpoint {
         Endpoint::chat_completions => Job::Generate(ChatRequest::read(value)?.into()),
         Endpoint::completions => Job::Generate(CompletionRequest::read(value)?.into()),
@@ -238,21 +246,27 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
-async fn read_body(gateway: &Gateway, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+async fn read_body(gateway: &Gateway, headers: &HeaderMap, body: Body) -> Result<HeldBody, ApiError> {
     let limit = gateway.inner.options.request_body_limit;
     let time_limit = gateway.inner.options.body_read_limit;
     let announced = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
-    let reading = collect(body, announced, limit);
+    let reading = collect(body, announced, limit, Arc::clone(&gateway.inner.body_memory));
     match timeout(time_limit, reading).await {
         Ok(result) => result,
         Err(_) => Err(ApiError::too_slow(time_limit)),
     }
 }
 
-async fn collect(mut body: Body, announced: Option<usize>, limit: usize) -> Result<Bytes, ApiError> {
+async fn collect(
+    mut body: Body,
+    announced: Option<usize>,
+    limit: usize,
+    memory: Arc<Semaphore>,
+) -> Result<HeldBody, ApiError> {
     let mut bytes = BytesMut::new();
+    let mut share: Option<OwnedSemaphorePermit> = None;
     let mut discarded = 0;
     let mut too_large = announced.is_some_and(|announced| announced > limit);
     if too_large && announced.is_some_and(|announced| announced > DISCARD_LIMIT) {
@@ -266,18 +280,34 @@ async fn collect(mut body: Body, announced: Option<usize>, limit: usize) -> Resu
         if too_large || bytes.len() + data.len() > limit {
             too_large = true;
             bytes = BytesMut::new();
+            share = None;
             discarded += data.len();
             if discarded > DISCARD_LIMIT {
                 break;
             }
         } else {
+            let held = share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+            let missing = (bytes.len() + data.len())
+                .div_ceil(BODY_UNIT)
+                .saturating_sub(held);
+            let more = u32::try_from(missing)
+                .ok()
+                .and_then(|missing| Arc::clone(&memory).try_acquire_many_owned(missing).ok())
+                .ok_or_else(|| ApiError::unavailable("too many large requests are in flight; try again"))?;
+            match &mut share {
+                Some(share) => share.merge(more),
+                None => share = Some(more),
+            }
             bytes.extend_from_slice(&data);
         }
     }
     if too_large {
         Err(ApiError::too_large(limit))
     } else {
-        Ok(bytes.freeze())
+        Ok(HeldBody {
+            bytes: bytes.freeze(),
+            _share: share,
+        })
     }
 }
 
@@ -347,32 +377,28 @@ async fn serve(job: Job, mut exchange: Exchange, size: &Size, original: Original
     loop {
         let (tried, served) = match routing.next().await {
             Err(error) => return failed(exchange, error),
-            Ok(Destination::Peer {
-                node,
-                assignment,
-                address,
-            }) => {
-                exchange.taken_by(&format!("{assignment}@{node}"), None);
-                let served = pass_on(exchange, &original, &node, &address).await;
-                (assignment, served)
+            Ok(Destination::Peer { place, address }) => {
+                exchange.taken_by(&format!("{}@{}", place.assignment, place.node), None);
+                let served = pass_on(exchange, &original, &place.node, &address).await;
+                (place, served)
             }
             Ok(Destination::Worker {
-                assignment,
+                place,
                 client,
                 activity,
             }) => {
-                exchange.taken_by(&assignment, Some(activity));
+                exchange.taken_by(&place.assignment, Some(activity));
                 let served = match &job {
-                    Job::Generate(job) => job.serve(client, exchange, size, &assignment).await,
+                    Job::Generate(job) => job.serve(client, exchange, size, &place.assignment).await,
                     Job::Embed(request) => embed_with(&client, exchange, request).await,
                 };
-                (assignment, served)
+                (place, served)
             }
         };
         match served {
             Ok(response) => return response,
             Err(unserved) if unserved.elsewhere => {
-                routing.failed(&tried, unserved.error);
+                routing.failed(tried, unserved.error);
                 exchange = *unserved.exchange;
             }
             Err(unserved) => return failed(*unserved.exchange, unserved.error),
@@ -427,26 +453,94 @@ async fn pass_on(
 ) -> Result<Response, Unserved> {
     let Original { path, headers, body } = original;
     let request_id = exchange.request_id().to_owned();
-    let away = |exchange: Exchange| Unserved {
+    let away = |exchange: Exchange, reason: &str| Unserved {
         error: ApiError::not_ready(
             exchange.model(),
-            &format!("the machine that holds it, {node}, cannot answer now"),
+            &format!("the machine that holds it, {node}, cannot answer now: {reason}"),
         ),
         exchange: Box::new(exchange),
         elsewhere: true,
     };
-    match peer::forward(address, path, headers, &request_id, body.clone()).await {
-        Ok(answer) if answer.status() == StatusCode::SERVICE_UNAVAILABLE => Err(away(exchange)),
+    match peer::forward(address, path, headers, &request_id, body.bytes.clone()).await {
+        Ok(answer) if answer.status() == StatusCode::SERVICE_UNAVAILABLE => {
+            let reason = answer.error_message().await;
+            Err(away(exchange, reason.as_deref().unwrap_or("it is not ready")))
+        }
         Ok(answer) => Ok(answer.into_response(exchange)),
         Err(error) => {
             warn!(request = request_id, node, %error, "Failed to pass a request on");
             if error.is_unserved() {
-                return Err(away(exchange));
+                return Err(away(exchange, "it cannot be reached"));
             }
             let error = ApiError::bad_gateway(format!(
                 "the connection to the machine that holds the model, {node}, broke"
             ));
             Err(Unserved::finally(exchange, error))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// JSON of any shape, with the API's own field names among its keys.
+    fn json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<u64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            ".{0,8}".prop_map(Value::from),
+            prop_oneof![Just("user"), Just("text"), Just("chat"), Just("auto")].prop_map(Value::from),
+        ];
+        let key = prop_oneof![
+            Just("model"),
+            Just("messages"),
+            Just("prompt"),
+            Just("input"),
+            Just("role"),
+            Just("content"),
+            Just("type"),
+            Just("text"),
+            Just("stop"),
+            Just("n"),
+            Just("seed"),
+            Just("max_tokens"),
+            Just("logit_bias"),
+            Just("logprobs"),
+            Just("top_logprobs"),
+            Just("tools"),
+            Just("tool_calls"),
+            Just("stream"),
+            Just("stream_options"),
+            Just("response_format"),
+            Just("encoding_format"),
+        ]
+        .prop_map(str::to_owned);
+        leaf.prop_recursive(4, 64, 8, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+                prop::collection::vec((prop_oneof![4 => key.clone(), 1 => ".{0,6}"], inner), 0..8)
+                    .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_json_is_read_or_refused_with_a_short_word(value in json()) {
+            let refusals = [
+                ChatRequest::read(value.clone()).err(),
+                CompletionRequest::read(value.clone()).err(),
+                EmbeddingsRequest::read(value).err(),
+            ];
+            for error in refusals.into_iter().flatten() {
+                prop_assert_eq!(error.status, StatusCode::BAD_REQUEST);
+                prop_assert!(error.message.len() < 1000, "{}", error.message);
+            }
         }
     }
 }

@@ -35,6 +35,8 @@ const WITHOUT_EFFECT: [&str; 10] = [
 pub(crate) struct Parameters {
     /// As the client named it.
     pub(crate) max_tokens: Option<u32>,
+    /// What it is where the client names none, if the API says so.
+    pub(crate) usual_max_tokens: Option<u32>,
     pub(crate) stop: Vec<String>,
     /// Answers to each prompt.
     pub(crate) answers: u32,
@@ -52,6 +54,7 @@ impl Parameters {
         let stream = fields.boolean("stream")?.unwrap_or(false);
         let parameters = Self {
             max_tokens: fields.integer("max_tokens", 1..=TOKENS_LIMIT)?,
+            usual_max_tokens: None,
             stop: take_stop(fields)?,
             answers: fields.integer("n", 1..=ANSWERS_LIMIT)?.unwrap_or(1),
             include_usage: take_stream_options(fields, stream)?,

@@ -55,10 +55,10 @@ impl CallWorker {
     /// Whether another worker can take the same call: this one never began it.
     #[must_use]
     pub fn is_unserved(&self) -> bool {
-        use super::protocol::WorkerErrorKind::Stopping;
+        use super::protocol::WorkerErrorKind::{QueueFull, Stopping};
         match self {
             Self::Connect { .. } => true,
-            Self::Refused(error) => error.kind == Stopping,
+            Self::Refused(error) => matches!(error.kind, Stopping | QueueFull),
             Self::Lost(_) | Self::Ended | Self::Protocol { .. } => false,
         }
     }
