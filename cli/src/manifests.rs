@@ -30,7 +30,10 @@ impl Manifest {
 /// `Kind namespace/name`, for messages.
 #[must_use]
 pub fn title(object: &DynamicObject) -> String {
-    let kind = object.types.as_ref().map_or("Object", |types| types.kind.as_str());
+    let kind = object
+        .types
+        .as_ref()
+        .map_or("Object", |types| types.kind.as_str());
     let name = object.metadata.name.as_deref().unwrap_or("?");
     match &object.metadata.namespace {
         Some(namespace) => format!("{kind} {namespace}/{name}"),
@@ -46,12 +49,15 @@ pub fn title(object: &DynamicObject) -> String {
 pub fn read(path: &Path) -> Result<Vec<Manifest>> {
     if path == Path::new("-") {
         let mut text = String::new();
-        std::io::stdin().read_to_string(&mut text).context("failed to read standard input")?;
+        std::io::stdin()
+            .read_to_string(&mut text)
+            .context("failed to read standard input")?;
         return parse("standard input", &text);
     }
     let mut manifests = Vec::new();
     for file in files(path)? {
-        let text = std::fs::read_to_string(&file).with_context(|| format!("failed to read {}", file.display()))?;
+        let text =
+            std::fs::read_to_string(&file).with_context(|| format!("failed to read {}", file.display()))?;
         manifests.extend(parse(&file.display().to_string(), &text)?);
     }
     Ok(manifests)
@@ -71,9 +77,15 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(path).with_context(|| format!("failed to list {}", path.display()))?;
     for entry in entries {
         let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let hidden = name.starts_with('.') || name.starts_with("kustomization.");
-        let manifest = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        let manifest = path
+            .extension()
+            .is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
         if hidden {
             continue;
         } else if path.is_dir() {
@@ -100,7 +112,11 @@ pub fn parse(origin: &str, text: &str) -> Result<Vec<Manifest>> {
             continue;
         }
         if document.get("kind").and_then(Value::as_str) == Some("List") {
-            let items = document.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
+            let items = document
+                .get("items")
+                .and_then(Value::as_array)
+                .cloned()
+                .unwrap_or_default();
             for item in items {
                 manifests.push(manifest(origin.clone(), item)?);
             }
@@ -113,7 +129,10 @@ pub fn parse(origin: &str, text: &str) -> Result<Vec<Manifest>> {
 
 fn manifest(origin: String, document: Value) -> Result<Manifest> {
     for field in ["/apiVersion", "/kind", "/metadata/name"] {
-        let found = document.pointer(field).and_then(Value::as_str).unwrap_or_default();
+        let found = document
+            .pointer(field)
+            .and_then(Value::as_str)
+            .unwrap_or_default();
         if found.is_empty() {
             let name = field.trim_start_matches('/').replace('/', ".");
             bail!("{origin}: {name} is missing; a manifest needs apiVersion, kind and metadata.name");
@@ -137,17 +156,32 @@ mod tests {
 
     #[test]
     fn a_document_without_a_name_says_where_it_stands() {
-        let error = parse("models.yaml", "a: 1\n---\napiVersion: v1\nkind: X\n").unwrap_err().to_string();
-        assert!(error.starts_with("models.yaml (document 1): apiVersion is missing"), "{error}");
+        let error = parse("models.yaml", "a: 1\n---\napiVersion: v1\nkind: X\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("models.yaml (document 1): apiVersion is missing"),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_folder_is_read_sorted_without_hidden_and_kustomize_files() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["b.yaml", "a.yml", "kustomization.yaml", ".hidden.yaml", "notes.txt"] {
+        for name in [
+            "b.yaml",
+            "a.yml",
+            "kustomization.yaml",
+            ".hidden.yaml",
+            "notes.txt",
+        ] {
             std::fs::write(folder.path().join(name), "").unwrap();
         }
-        let names: Vec<_> = files(folder.path()).unwrap().iter().map(|f| f.file_name().unwrap().to_owned()).collect();
+        let names: Vec<_> = files(folder.path())
+            .unwrap()
+            .iter()
+            .map(|f| f.file_name().unwrap().to_owned())
+            .collect();
         assert_eq!(names, ["a.yml", "b.yaml"]);
     }
 }

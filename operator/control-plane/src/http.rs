@@ -15,17 +15,19 @@ use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use crate::body::{Action, action, media_type, parse_body};
 use crate::discovery;
 use crate::error::ApiError;
 use crate::listing;
-use crate::registry::{FieldValidation, Patch, Registry, Target, WriteOptions, Written};
-use crate::removal::DeleteOptions;
+use crate::registry::{FieldValidation, Registry, Target, WriteOptions, Written};
 use crate::selector::Selector;
 use crate::table;
 use crate::watch::{View, WatchOptions, watch};
 
 /// Largest body of a request, as in the API server.
 const BODY_LIMIT: usize = 3 << 20;
+/// A client that takes longer to send its body is let go.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a watch lasts unless it asks for less.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(3600);
 
@@ -60,7 +62,12 @@ impl Api {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let (parts, body) = request.into_parts();
-        let body = match Limited::new(body, BODY_LIMIT).collect().await {
+        let body = Limited::new(body, BODY_LIMIT).collect();
+        let body = match tokio::time::timeout(BODY_TIMEOUT, body).await {
+            Err(_) => return error_response(&ApiError::slow_body(BODY_TIMEOUT)),
+            Ok(body) => body,
+        };
+        let body = match body {
             Ok(body) => body.to_bytes(),
             Err(error) if error.is::<http_body_util::LengthLimitError>() => {
                 return error_response(&ApiError::too_large(BODY_LIMIT));
@@ -182,7 +189,7 @@ impl Api {
         let read_only = !resource.verbs.contains(&"update");
         match (&parts.method, named) {
             (&Method::GET, _) => self.read(parts, path, &query).await,
-            (&Method::POST, false) if resource.verbs == ["create"] => review(resource, &body, user),
+            (&Method::POST, false) if resource.verbs == ["create"] => review(resource, &parts.headers, &body, user),
             _ if read_only => Err(ApiError::method_not_allowed()),
             (&Method::POST, false)
             | (&Method::PUT | &Method::PATCH | &Method::DELETE, true)
@@ -310,15 +317,6 @@ impl Api {
     }
 }
 
-/// What a write is.
-enum Action {
-    Create(Value),
-    Update(Value),
-    Patch(Patch),
-    Delete(DeleteOptions),
-    DeleteCollection,
-}
-
 struct Outcome {
     code: StatusCode,
     object: Option<Arc<Value>>,
@@ -360,10 +358,10 @@ fn perform(
                 warnings: Vec::new(),
             })
         }
-        Action::DeleteCollection => {
+        Action::DeleteCollection(wanted) => {
             let get = |name: &str| query.get(name).map(String::as_str);
             let selector = Selector::parse(target.resource, get("labelSelector"), get("fieldSelector"))?;
-            let deleted = registry.delete_collection(target, &selector, options)?;
+            let deleted = registry.delete_collection(target, &selector, &wanted, options)?;
             let items: Vec<Value> = deleted
                 .iter()
                 .map(|object| Registry::served(target.resource, object))
@@ -380,69 +378,6 @@ fn perform(
                 warnings: Vec::new(),
             })
         }
-    }
-}
-
-fn action(method: &Method, headers: &HeaderMap, body: Bytes, name: &str) -> Result<Action, ApiError> {
-    let content_type = headers
-        .get(CONTENT_TYPE)
-        .and_then(|v| v.to_str().ok())
-        .unwrap_or("application/json");
-    let media_type = content_type.split(';').next().unwrap_or_default().trim();
-    Ok(match *method {
-        Method::POST => Action::Create(parse_body(media_type, &body)?),
-        Method::PUT => Action::Update(parse_body(media_type, &body)?),
-        Method::PATCH => {
-            let value = |media_type| parse_body(media_type, &body);
-            Action::Patch(match media_type {
-                "application/json-patch+json" => Patch::Json(value("application/json")?),
-                "application/merge-patch+json" => Patch::Merge(value("application/json")?),
-                "application/strategic-merge-patch+json" => Patch::Strategic(value("application/json")?),
-                "application/apply-patch+yaml" => Patch::Apply(value("application/yaml")?),
-                other => {
-                    let allowed = "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml";
-                    return Err(ApiError::unsupported_media_type(other, allowed));
-                }
-            })
-        }
-        _ if name.is_empty() => Action::DeleteCollection,
-        _ => {
-            let options = if body.is_empty() {
-                Value::Null
-            } else {
-                parse_body(media_type, &body)?
-            };
-            let text = |pointer: &str| {
-                options
-                    .pointer(pointer)
-                    .and_then(Value::as_str)
-                    .map(str::to_owned)
-            };
-            Action::Delete(DeleteOptions {
-                uid: text("/preconditions/uid"),
-                resource_version: text("/preconditions/resourceVersion"),
-                orphan: text("/propagationPolicy").as_deref() == Some("Orphan"),
-            })
-        }
-    })
-}
-
-fn parse_body(media_type: &str, body: &[u8]) -> Result<Value, ApiError> {
-    match media_type {
-        "application/json" | "" => serde_json::from_slice(body)
-            .map_err(|error| ApiError::bad_request(format!("the body is not valid JSON: {error}"))),
-        "application/yaml" => {
-            let text = std::str::from_utf8(body)
-                .map_err(|error| ApiError::bad_request(format!("the body is not valid UTF-8: {error}")))?;
-            // JSON is YAML too, and much quicker to read as what it is.
-            serde_json::from_str(text)
-                .or_else(|_| serde_yaml::from_str(text))
-                .map_err(|error| ApiError::bad_request(format!("the body is not valid YAML: {error}")))
-        }
-        other => Err(ApiError::unsupported_media_type(
-            other,
-            "application/json, application/yaml",
-        )),
     }
 }
 
@@ -495,13 +430,14 @@ fn write_options(headers: &HeaderMap, query: &HashMap<String, String>) -> Result
 /// `kubectl auth whoami` and `kubectl auth can-i`.
 fn review(
     resource: &crate::resource::Resource,
+    headers: &HeaderMap,
     body: &Bytes,
     user: &User,
 ) -> Result<Response<Body>, ApiError> {
     let mut review: Value = if body.is_empty() {
         json!({})
     } else {
-        parse_body("application/json", body)?
+        parse_body(media_type(headers), body)?
     };
     if !review.is_object() {
         return Err(ApiError::bad_request(format!(

@@ -10,6 +10,8 @@
 //! machine. It is not Kubernetes: no pods, no admission webhooks, no users but the owner. Start reading
 //! at [`ControlPlane`]; the semantics of the verbs are in `registry.rs`.
 
+mod body;
+mod built_in;
 mod discovery;
 mod error;
 mod events;
@@ -17,7 +19,9 @@ mod fields;
 mod http;
 mod listing;
 mod managed;
+mod metadata;
 mod patch;
+mod protobuf;
 mod registry;
 mod removal;
 mod resource;

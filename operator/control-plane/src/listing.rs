@@ -111,9 +111,10 @@ pub(crate) fn list(
     })
 }
 
-type Snapshot = (Vec<(Key, Arc<Value>)>, u64);
+pub(crate) type Snapshot = (Vec<(Key, Arc<Value>)>, u64);
 
-fn snapshot(
+/// The objects of a resource (in a namespace, unless empty) now or at a revision, in order of their keys.
+pub(crate) fn snapshot(
     registry: &Registry,
     resource: &Resource,
     namespace: &str,
@@ -133,7 +134,9 @@ fn snapshot(
             .crds
             .iter()
             .map(|crd| (named(crd), Arc::new(crd.clone())));
-        return Ok((crds.collect(), registry.store.revision()));
+        let mut crds: Vec<_> = crds.collect();
+        crds.sort_by(|(a, _), (b, _)| a.cmp(b));
+        return Ok((crds, registry.store.revision()));
     }
     match revision {
         None => Ok(registry.store.list(&resource.storage, namespace)),

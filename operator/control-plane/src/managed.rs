@@ -156,13 +156,41 @@ fn without_managed_fields(object: &Value) -> Value {
     object
 }
 
+/// Ownership before an update: that of `old`, unless the writer sends another, as kubectl does to turn what
+/// it once applied by itself into what it applies through the server. A list of one empty entry clears it.
+pub(crate) fn keep_or_take_entries(old: &Value, new: &mut Value, subresource: &str) {
+    let kept = old.pointer("/metadata/managedFields");
+    let Some(metadata) = new.get_mut("metadata").and_then(Value::as_object_mut) else {
+        return;
+    };
+    let sent = metadata.remove("managedFields");
+    let sent = sent.as_ref().and_then(Value::as_array).filter(|list| !list.is_empty());
+    let readable = |entry: &Value| {
+        let text = |key: &str| entry.get(key).is_some_and(Value::is_string);
+        let operation = entry.get("operation").and_then(Value::as_str);
+        text("manager")
+            && text("apiVersion")
+            && matches!(operation, Some("Apply" | "Update"))
+            && entry.get("fieldsV1").is_some_and(Value::is_object)
+    };
+    let entries = match sent {
+        Some(list) if subresource.is_empty() && *list == [json!({})] => None,
+        Some(list) if subresource.is_empty() && list.iter().all(readable) => Some(json!(list)),
+        _ => kept.cloned(),
+    };
+    if let Some(entries) = entries {
+        metadata.insert("managedFields".to_owned(), entries);
+    }
+}
+
 /// Records a create, update or patch: what changed now belongs to the writer, what is gone to nobody.
+/// `new` comes with the ownership as it was; see [`keep_or_take_entries`].
 pub(crate) fn record_update(schema: &Value, old: Option<&Value>, new: &mut Value, writer: &Writer) {
     let before = old.map(without_managed_fields);
     let after = without_managed_fields(new);
     let (changed, removed) = compare(Some(schema), before.as_ref(), Some(&after));
     let (changed, removed) = (strip(changed, writer), strip(removed, writer));
-    let mut entries = old.map(entries).unwrap_or_default();
+    let mut entries = entries(new);
     for entry in &mut entries {
         entry.set.subtract(&removed);
         if !entry.is(writer, "Update") {

@@ -8,9 +8,11 @@ use std::sync::Arc;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
 
+use crate::built_in;
 use crate::error::{ApiError, Cause};
 use crate::events;
 use crate::managed::{self, Writer, schema_with_metadata};
+use crate::metadata;
 use crate::patch;
 use crate::resource::{self, Resource};
 use crate::store::{Key, Store, StoreError, Transaction};
@@ -74,12 +76,16 @@ impl Target<'_> {
         ApiError::not_found(&self.resource.group, &self.resource.plural, self.name)
     }
 
-    fn conflict(&self, why: &str) -> ApiError {
+    pub(crate) fn conflict(&self, why: &str) -> ApiError {
         ApiError::conflict(&self.resource.group, &self.resource.plural, self.name, why)
     }
 
     fn invalid(&self, name: &str, causes: Vec<Cause>) -> ApiError {
         ApiError::invalid(&self.resource.group, &self.resource.kind, name, causes)
+    }
+
+    fn check_name(&self) -> Result<(), ApiError> {
+        metadata::check_name(&self.resource.kind, self.name).map_err(|cause| self.invalid(self.name, vec![cause]))
     }
 }
 
@@ -92,7 +98,7 @@ pub(crate) struct Registry {
 }
 
 /// Namespaces that are always there.
-const NAMESPACES: &[&str] = &["default", "kube-system", freehold_crds::SYSTEM_NAMESPACE];
+pub(crate) const NAMESPACES: &[&str] = &["default", "kube-system", freehold_crds::SYSTEM_NAMESPACE];
 
 pub(crate) fn store_failed(error: StoreError) -> ApiError {
     ApiError::internal(format!("failed to write the store: {error}; nothing was changed"))
@@ -143,7 +149,7 @@ impl Registry {
         let mut body = self.check_identity(target, body)?;
         let name = match body.pointer("/metadata/name").and_then(Value::as_str) {
             Some(name) if !name.is_empty() => name.to_owned(),
-            _ => generated_name(&body).ok_or_else(|| {
+            _ => metadata::generated_name(&body).ok_or_else(|| {
                 target.invalid(
                     "",
                     vec![Cause::new(
@@ -158,7 +164,7 @@ impl Registry {
             name: &name,
             ..target
         };
-        check_name(target)?;
+        target.check_name()?;
         body["metadata"]["name"] = json!(name);
         let warnings = self.prepare(target, &mut body, options)?;
         self.store.transact(
@@ -199,6 +205,12 @@ impl Registry {
                 "the name of the object ({found}) does not match the name on the URL ({})",
                 target.name
             )));
+        }
+        let revision = body.pointer("/metadata/resourceVersion").and_then(Value::as_str);
+        if !target.resource.unconditional_update && revision.is_none_or(str::is_empty) {
+            let message = "Invalid value: 0: must be specified for an update";
+            let cause = Cause::new("FieldValueInvalid", "metadata.resourceVersion", message);
+            return Err(target.invalid(target.name, vec![cause]));
         }
         let warnings = self.prepare(target, &mut body, options)?;
         self.store.transact(
@@ -290,7 +302,7 @@ impl Registry {
                 let object = match old {
                     None => {
                         self.check_namespace(transaction, target)?;
-                        check_name(target)?;
+                        target.check_name()?;
                         self.finish(target, &mut merged, None)?;
                         let entries = merged.pointer("/metadata/managedFields").cloned();
                         let object = self.insert(transaction, target, merged, options, entries)?;
@@ -353,7 +365,8 @@ impl Registry {
         } else {
             metadata.remove("namespace");
         }
-        check_metadata_types(&body)?;
+        metadata::check_types(&body)?;
+        built_in::fold_string_data(resource, &mut body);
         Ok(if resource.group == "events.k8s.io" {
             events::to_core(&body)
         } else {
@@ -412,18 +425,19 @@ impl Registry {
 
     /// Defaults and validation of the object as it would be kept.
     fn finish(&self, target: Target<'_>, object: &mut Value, old: Option<&Value>) -> Result<(), ApiError> {
-        let name = target.name;
+        let mut causes = metadata::check(object, old);
         if let Some(schema) = &target.resource.schema {
             schema.prune(object);
             schema.default(object);
-            let causes = schema.validate(object, old);
-            if !causes.is_empty() {
-                return Err(target.invalid(name, causes));
+            if target.resource.custom {
+                causes.extend(schema.validate(object, old));
             }
-        } else {
-            check_built_in(target.resource, object)?;
         }
-        Ok(())
+        built_in::default(target.resource, object);
+        if !causes.is_empty() {
+            return Err(target.invalid(target.name, causes));
+        }
+        built_in::check(target.resource, object)
     }
 
     fn check_namespace(&self, transaction: &Transaction<'_>, target: Target<'_>) -> Result<(), ApiError> {
@@ -452,7 +466,7 @@ impl Registry {
         entries: Option<Value>,
     ) -> Result<Arc<Value>, ApiError> {
         if target.resource.status_subresource
-            && target.resource.schema.is_some()
+            && target.resource.custom
             && let Some(object) = body.as_object_mut()
         {
             object.remove("status");
@@ -471,7 +485,7 @@ impl Registry {
         }
         metadata.insert("uid".to_owned(), json!(uuid::Uuid::new_v4().to_string()));
         metadata.insert("creationTimestamp".to_owned(), json!(options.now));
-        if target.resource.schema.is_some() {
+        if target.resource.custom {
             metadata.insert("generation".to_owned(), json!(1));
         }
         if target.resource.kind == "Namespace" {
@@ -503,11 +517,7 @@ impl Registry {
     ) -> Result<Arc<Value>, ApiError> {
         self.check_preconditions(target, old, &body)?;
         self.carry_over(target, old, &mut body);
-        if let Some(entries) = old.pointer("/metadata/managedFields")
-            && let Some(metadata) = body.get_mut("metadata").and_then(Value::as_object_mut)
-        {
-            metadata.insert("managedFields".to_owned(), entries.clone());
-        }
+        managed::keep_or_take_entries(old, &mut body, target.subresource);
         self.finish(target, &mut body, Some(old))?;
         let schema = schema_with_metadata(target.resource.schema.as_ref().map(|s| s.schema()));
         managed::record_update(&schema, Some(old), &mut body, &writer(target, options));
@@ -662,67 +672,4 @@ fn stable_uid(name: &str) -> String {
     let digest = sha2::Sha256::digest(name.as_bytes());
     let bytes: [u8; 16] = std::array::from_fn(|at| digest[at]);
     uuid::Builder::from_random_bytes(bytes).into_uuid().to_string()
-}
-
-fn generated_name(body: &Value) -> Option<String> {
-    let prefix = body
-        .pointer("/metadata/generateName")
-        .and_then(Value::as_str)
-        .filter(|p| !p.is_empty())?;
-    // Five letters, as in Kubernetes; enough because a clash is answered with AlreadyExists.
-    let random = uuid::Uuid::new_v4().simple().to_string();
-    Some(format!("{prefix}{}", random.get(..5)?))
-}
-
-/// Names are DNS subdomains.
-fn check_name(target: Target<'_>) -> Result<(), ApiError> {
-    let name = target.name;
-    let label = |label: &str| {
-        let inside = label
-            .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
-        !label.is_empty() && inside && !label.starts_with('-') && !label.ends_with('-')
-    };
-    if name.len() <= 253 && name.split('.').all(label) {
-        return Ok(());
-    }
-    let message = format!(
-        "Invalid value: {name:?}: a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')"
-    );
-    Err(target.invalid(
-        name,
-        vec![Cause::new("FieldValueInvalid", "metadata.name", message)],
-    ))
-}
-
-/// Metadata of a wrong type is refused before anything looks into it.
-fn check_metadata_types(body: &Value) -> Result<(), ApiError> {
-    let metadata = body.get("metadata").cloned().unwrap_or_default();
-    serde_json::from_value::<k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta>(metadata)
-        .map(|_| ())
-        .map_err(|error| ApiError::bad_request(format!("metadata cannot be handled as ObjectMeta: {error}")))
-}
-
-/// Built-in kinds are checked by reading them as what they are.
-fn check_built_in(resource: &Resource, object: &Value) -> Result<(), ApiError> {
-    use k8s_openapi::api::{coordination::v1::Lease, core::v1};
-    fn reads<T: serde::de::DeserializeOwned>(object: &Value) -> Result<(), String> {
-        serde_json::from_value::<T>(object.clone())
-            .map(|_| ())
-            .map_err(|error| error.to_string())
-    }
-    let outcome = match resource.kind.as_str() {
-        "ConfigMap" => reads::<v1::ConfigMap>(object),
-        "Secret" => reads::<v1::Secret>(object),
-        "Namespace" => reads::<v1::Namespace>(object),
-        "Event" => reads::<v1::Event>(object),
-        "Lease" => reads::<Lease>(object),
-        _ => Ok(()),
-    };
-    let (kind, version) = (&resource.kind, &resource.version);
-    outcome.map_err(|error| {
-        ApiError::bad_request(format!(
-            "{kind} in version {version:?} cannot be handled as a {kind}: {error}"
-        ))
-    })
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::error::ApiError;
-use crate::registry::{Registry, Target, WriteOptions, store_failed};
+use crate::registry::{NAMESPACES, Registry, Target, WriteOptions, store_failed};
+use crate::resource::Resource;
 use crate::selector::Selector;
 use crate::store::{Key, Transaction};
 
@@ -16,6 +17,7 @@ pub(crate) struct DeleteOptions {
     pub(crate) resource_version: Option<String>,
     /// Leave what belongs to it.
     pub(crate) orphan: bool,
+    pub(crate) dry_run: bool,
 }
 
 impl Registry {
@@ -26,8 +28,9 @@ impl Registry {
         wanted: &DeleteOptions,
         options: &WriteOptions,
     ) -> Result<(Arc<Value>, bool), ApiError> {
+        check_removable(target.resource, target.name)?;
         self.store.transact(
-            !options.dry_run,
+            !(options.dry_run || wanted.dry_run),
             |transaction| {
                 let object = transaction.get(&target.key()).ok_or_else(|| target.not_found())?;
                 for (field, wanted) in [("uid", &wanted.uid), ("resourceVersion", &wanted.resource_version)] {
@@ -35,9 +38,8 @@ impl Registry {
                     if let Some(wanted) = wanted
                         && found != Some(wanted)
                     {
-                        let (group, plural) = (&target.resource.group, &target.resource.plural);
                         let why = format!("the {field} in the precondition ({wanted}) does not match the {field} in record ({})", found.unwrap_or_default());
-                        return Err(ApiError::conflict(group, plural, target.name, &why));
+                        return Err(target.conflict(&why));
                     }
                 }
                 if wanted.orphan {
@@ -54,17 +56,21 @@ impl Registry {
         &self,
         target: Target<'_>,
         selector: &Selector,
+        wanted: &DeleteOptions,
         options: &WriteOptions,
     ) -> Result<Vec<Arc<Value>>, ApiError> {
         let storage = &target.resource.storage;
         self.store.transact(
-            !options.dry_run,
+            !(options.dry_run || wanted.dry_run),
             |transaction| {
                 let inside = |key: &Key| {
                     key.storage == *storage
                         && (target.namespace.is_empty() || key.namespace == target.namespace)
                 };
                 let found = transaction.find(|key, object| inside(key) && selector.matches(object));
+                for (key, _) in &found {
+                    check_removable(target.resource, &key.name)?;
+                }
                 let deleted = found
                     .into_iter()
                     .map(|(key, object)| self.start_deletion(transaction, &key, &object, &options.now).0);
@@ -184,6 +190,15 @@ impl Registry {
             store_failed,
         )
     }
+}
+
+/// The namespaces that everything else stands on stay.
+fn check_removable(resource: &Resource, name: &str) -> Result<(), ApiError> {
+    if resource.kind == "Namespace" && NAMESPACES.contains(&name) {
+        let message = format!("namespaces {name:?} is forbidden: this namespace may not be deleted");
+        return Err(ApiError::forbidden(message));
+    }
+    Ok(())
 }
 
 fn owners(object: &Value) -> impl Iterator<Item = &str> {

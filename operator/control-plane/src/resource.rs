@@ -3,6 +3,7 @@
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
 
+use crate::built_in;
 use crate::schema::Structural;
 
 /// A column of `kubectl get`.
@@ -28,8 +29,12 @@ pub(crate) struct Resource {
     pub(crate) short_names: Vec<String>,
     pub(crate) categories: Vec<String>,
     pub(crate) namespaced: bool,
-    /// None for built-in kinds, which are checked against their Rust types instead.
+    /// Whether it comes from a CRD. The others are checked against their Rust types.
+    pub(crate) custom: bool,
+    /// None for what is not stored.
     pub(crate) schema: Option<Structural>,
+    /// Whether an update may leave out the `resourceVersion` that it is based on.
+    pub(crate) unconditional_update: bool,
     pub(crate) status_subresource: bool,
     pub(crate) columns: Vec<Column>,
     /// Paths such as `spec.enforcement`, besides `metadata.name` and `metadata.namespace`.
@@ -73,7 +78,9 @@ impl Resource {
             short_names: Vec::new(),
             categories: Vec::new(),
             namespaced,
-            schema: None,
+            custom: false,
+            schema: built_in::schema(kind),
+            unconditional_update: kind != "Lease",
             status_subresource: false,
             columns: vec![column("Age", "date", ".metadata.creationTimestamp")],
             selectable: Vec::new(),
@@ -245,7 +252,9 @@ fn from_crd(crd: &CustomResourceDefinition) -> Result<Resource, String> {
         short_names: names.short_names.clone().unwrap_or_default(),
         categories: names.categories.clone().unwrap_or_default(),
         namespaced: crd.spec.scope == "Namespaced",
+        custom: true,
         schema: Some(Structural::new(schema)),
+        unconditional_update: false,
         status_subresource: version.subresources.as_ref().is_some_and(|s| s.status.is_some()),
         columns,
         selectable: selectable

@@ -2,10 +2,12 @@
 //!
 //! One writer at a time builds a [`Transaction`], commits it to the file (fsync included) and only then
 //! shows it to readers, so what was answered survives `kill -9`. Readers never wait for the disk.
+//! A write that the disk refuses (it is full, say) changes nothing, and the next one tries anew.
 //! The history of changes is a bounded ring: a watcher that falls behind it is told to list again.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::Path;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -86,10 +88,85 @@ impl<E: Into<redb::Error>> From<E> for StoreError {
 /// The objects of the API.
 pub(crate) struct Store {
     state: RwLock<State>,
-    /// Held by the one writer from reading to showing.
-    writer: Mutex<()>,
-    database: Option<Database>,
+    /// Held by the one writer from reading to showing. None keeps everything in memory.
+    disk: Mutex<Option<Disk>>,
     latest: watch::Sender<u64>,
+}
+
+/// The file, and what is not certain about it.
+struct Disk {
+    path: PathBuf,
+    /// None after the disk refused a write: redb takes no more writes then until it is opened anew.
+    database: Option<Database>,
+    /// Keys of refused writes. Nobody was shown them, but the file may hold them all the same.
+    uncertain: Vec<Key>,
+}
+
+impl Disk {
+    fn open(path: &Path) -> Result<Database, StoreError> {
+        // Secrets lie in it: nobody but the owner may read it.
+        let mut options = std::fs::OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let failed = |error: std::io::Error| StoreError(error.to_string());
+        let file = options.open(path).map_err(failed)?;
+        file.set_permissions(std::fs::Permissions::from_mode(0o600))
+            .map_err(failed)?;
+        let mut builder = Database::builder();
+        builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+        Ok(builder.create_with_backend(redb::backends::FileBackend::new(file)?)?)
+    }
+
+    /// Writes `pending`. `shown` gives what readers see under a key.
+    fn write(
+        &mut self,
+        pending: &[Change],
+        revision: u64,
+        shown: impl Fn(&Key) -> Option<Arc<Value>>,
+    ) -> Result<(), StoreError> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => Self::open(&self.path)?,
+        };
+        let before = self.uncertain.iter().map(|key| (key, shown(key)));
+        let after = pending.iter().map(|change| (&change.key, change.object.clone()));
+        match commit(&database, before.chain(after), revision) {
+            Ok(()) => {
+                self.database = Some(database);
+                self.uncertain.clear();
+                Ok(())
+            }
+            Err(error) => {
+                self.uncertain.extend(pending.iter().map(|change| change.key.clone()));
+                Err(error)
+            }
+        }
+    }
+}
+
+fn commit<'a>(
+    database: &Database,
+    changes: impl Iterator<Item = (&'a Key, Option<Arc<Value>>)>,
+    revision: u64,
+) -> Result<(), StoreError> {
+    let transaction = database.begin_write()?;
+    {
+        let mut objects = transaction.open_table(OBJECTS)?;
+        for (key, object) in changes {
+            let key = key.encode();
+            match object {
+                Some(object) => {
+                    let bytes = serde_json::to_vec(object.as_ref()).map_err(|e| StoreError(e.to_string()))?;
+                    objects.insert(key.as_str(), bytes.as_slice())?;
+                }
+                None => {
+                    objects.remove(key.as_str())?;
+                }
+            }
+        }
+        transaction.open_table(META)?.insert(REVISION, revision)?;
+    }
+    transaction.commit()?;
+    Ok(())
 }
 
 /// Asked for a revision that is forgotten.
@@ -106,10 +183,10 @@ impl Store {
             revision: 1,
             ..State::default()
         };
-        let database = match file {
+        let disk = match file {
             None => None,
-            Some(file) => {
-                let database = Database::builder().set_cache_size(CACHE_BYTES).create(file)?;
+            Some(path) => {
+                let database = Disk::open(path)?;
                 let transaction = database.begin_write()?;
                 {
                     transaction.open_table(OBJECTS)?;
@@ -129,15 +206,18 @@ impl Store {
                         state.objects.insert(key, Arc::new(object));
                     }
                 }
-                Some(database)
+                Some(Disk {
+                    path: path.to_owned(),
+                    database: Some(database),
+                    uncertain: Vec::new(),
+                })
             }
         };
         state.compacted = state.revision;
         let (latest, _) = watch::channel(state.revision);
         Ok(Self {
             state: RwLock::new(state),
-            writer: Mutex::new(()),
-            database,
+            disk: Mutex::new(disk),
             latest,
         })
     }
@@ -237,7 +317,7 @@ impl Store {
         change: impl FnOnce(&mut Transaction<'_>) -> Result<T, E>,
         failed: impl FnOnce(StoreError) -> E,
     ) -> Result<T, E> {
-        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
         let mut transaction = Transaction {
             store: self,
             revision: self.revision(),
@@ -248,36 +328,12 @@ impl Store {
             revision, pending, ..
         } = transaction;
         if keep && !pending.is_empty() {
-            self.persist(&pending, revision).map_err(failed)?;
+            if let Some(disk) = disk.as_mut() {
+                disk.write(&pending, revision, |key| self.get(key)).map_err(failed)?;
+            }
             self.show(pending, revision);
         }
         Ok(answer)
-    }
-
-    fn persist(&self, pending: &[Change], revision: u64) -> Result<(), StoreError> {
-        let Some(database) = &self.database else {
-            return Ok(());
-        };
-        let transaction = database.begin_write()?;
-        {
-            let mut objects = transaction.open_table(OBJECTS)?;
-            for change in pending {
-                let key = change.key.encode();
-                match &change.object {
-                    Some(object) => {
-                        let bytes =
-                            serde_json::to_vec(object.as_ref()).map_err(|e| StoreError(e.to_string()))?;
-                        objects.insert(key.as_str(), bytes.as_slice())?;
-                    }
-                    None => {
-                        objects.remove(key.as_str())?;
-                    }
-                }
-            }
-            transaction.open_table(META)?.insert(REVISION, revision)?;
-        }
-        transaction.commit()?;
-        Ok(())
     }
 
     fn show(&self, pending: Vec<Change>, revision: u64) {

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::ApiError;
+use crate::listing;
 use crate::registry::Registry;
 use crate::resource::Resource;
 use crate::selector::Selector;
@@ -125,10 +126,11 @@ impl Watch {
         let Some(resource) = self.registry.resources.get(self.resource) else {
             return;
         };
-        let (objects, revision) = self
-            .registry
-            .store
-            .list(&resource.storage, &self.options.namespace);
+        let Ok((objects, revision)) =
+            listing::snapshot(&self.registry, resource, &self.options.namespace, None)
+        else {
+            return;
+        };
         self.cursor = revision;
         let matching = objects
             .iter()

@@ -1,0 +1,147 @@
+//! Checks of `metadata` that hold for every kind. The wording is that of the API server.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::error::{ApiError, Cause};
+
+/// A random name behind `generateName`.
+pub(crate) fn generated_name(body: &Value) -> Option<String> {
+    let prefix = body
+        .pointer("/metadata/generateName")
+        .and_then(Value::as_str)
+        .filter(|p| !p.is_empty())?;
+    // Five letters, as in Kubernetes; enough because a clash is answered with AlreadyExists.
+    let random = uuid::Uuid::new_v4().simple().to_string();
+    Some(format!("{prefix}{}", random.get(..5)?))
+}
+
+/// Names are DNS subdomains, those of namespaces DNS labels.
+pub(crate) fn check_name(kind: &str, name: &str) -> Result<(), Cause> {
+    let label = |label: &str| {
+        let inside = label
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        !label.is_empty() && inside && !label.starts_with('-') && !label.ends_with('-')
+    };
+    let (valid, rule) = if kind == "Namespace" {
+        (
+            name.len() <= 63 && label(name),
+            "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')",
+        )
+    } else {
+        (
+            name.len() <= 253 && name.split('.').all(label),
+            "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')",
+        )
+    };
+    if valid {
+        return Ok(());
+    }
+    let message = format!("Invalid value: {name:?}: {rule}");
+    Err(Cause::new("FieldValueInvalid", "metadata.name", message))
+}
+
+/// Metadata of a wrong type is refused before anything looks into it.
+pub(crate) fn check_types(body: &Value) -> Result<(), ApiError> {
+    let Some(metadata) = body.get("metadata") else {
+        return Ok(());
+    };
+    ObjectMeta::deserialize(metadata)
+        .map(drop)
+        .map_err(|error| ApiError::bad_request(format!("metadata cannot be handled as ObjectMeta: {error}")))
+}
+
+/// What is wrong with the labels, and with finalizers that are added too late.
+pub(crate) fn check(object: &Value, old: Option<&Value>) -> Vec<Cause> {
+    let mut causes = Vec::new();
+    let labels = object.pointer("/metadata/labels").and_then(Value::as_object);
+    for (key, value) in labels.into_iter().flatten() {
+        let mut invalid = |found: &str, rule: &str| {
+            let message = format!("Invalid value: {found:?}: {rule}");
+            causes.push(Cause::new("FieldValueInvalid", "metadata.labels", message));
+        };
+        let (prefix, name) = match key.split_once('/') {
+            Some((prefix, name)) => (Some(prefix), name),
+            None => (None, key.as_str()),
+        };
+        if prefix.is_some_and(|prefix| check_name("", prefix).is_err()) {
+            invalid(key, "prefix part a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')");
+        }
+        if name.is_empty() || !is_label_text(name) {
+            invalid(key, "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')");
+        }
+        if let Some(value) = value.as_str() {
+            if value.len() > 63 {
+                invalid(value, "must be no more than 63 bytes");
+            } else if !is_label_text(value) {
+                invalid(value, "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')");
+            }
+        }
+    }
+    let finalizers = |object: &Value| -> Vec<String> {
+        let list = object.pointer("/metadata/finalizers").and_then(Value::as_array);
+        let texts = list.into_iter().flatten().filter_map(Value::as_str);
+        texts.map(str::to_owned).collect()
+    };
+    if let Some(old) = old.filter(|old| old.pointer("/metadata/deletionTimestamp").is_some()) {
+        let before = finalizers(old);
+        let added: Vec<String> = finalizers(object)
+            .into_iter()
+            .filter(|finalizer| !before.contains(finalizer))
+            .collect();
+        if !added.is_empty() {
+            let message = format!(
+                "Forbidden: no new finalizers can be added if the object is being deleted, found new finalizers []string{{{}}}",
+                added.iter().map(|f| format!("{f:?}")).collect::<Vec<_>>().join(", ")
+            );
+            causes.push(Cause::new("FieldValueForbidden", "metadata.finalizers", message));
+        }
+    }
+    causes
+}
+
+fn is_label_text(text: &str) -> bool {
+    let edge = |byte: Option<u8>| byte.is_none_or(|b| b.is_ascii_alphanumeric());
+    text.len() <= 63
+        && edge(text.bytes().next())
+        && edge(text.bytes().last())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn fields(object: Value, old: Option<Value>) -> Vec<String> {
+        let causes = check(&object, old.as_ref());
+        causes.into_iter().map(|cause| cause.field).collect()
+    }
+
+    #[test]
+    fn labels_are_what_kubernetes_takes() {
+        let good = json!({"app.kubernetes.io/part-of": "x", "a": "", "A_b": "1.0"});
+        assert!(fields(json!({"metadata": {"labels": good}}), None).is_empty());
+        for (key, value) in [("a b", "x"), ("a", "b c"), ("-a", "x"), ("a/", "x"), ("A/b", "x"), ("a", "x-")] {
+            let labels = json!({key: value});
+            assert_eq!(
+                fields(json!({"metadata": {"labels": labels}}), None),
+                ["metadata.labels"],
+                "{key}={value}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_object_that_is_going_takes_no_new_finalizer() {
+        let old = json!({"metadata": {"deletionTimestamp": "x", "finalizers": ["a/b"]}});
+        let new = json!({"metadata": {"finalizers": ["a/b", "c/d"]}});
+        assert_eq!(fields(new.clone(), Some(old.clone())), ["metadata.finalizers"]);
+        assert!(fields(new, Some(json!({"metadata": {}}))).is_empty());
+        assert!(fields(json!({"metadata": {"finalizers": []}}), Some(old)).is_empty());
+    }
+}
