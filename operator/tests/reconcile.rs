@@ -432,3 +432,34 @@ async fn a_revision_that_fails_is_rolled_back_and_told() {
         "{events:?}"
     );
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_fleet_of_many_settles_with_few_writes_each() {
+    const MACHINES: usize = 10;
+    const DEPLOYMENTS: usize = 50;
+    let world = World::new();
+    let _agents: Vec<_> = (0..MACHINES).map(|n| world.agent(&format!("m{n:02}"))).collect();
+    let operator = world.operator().await;
+    for n in 0..DEPLOYMENTS {
+        world.deploy(&format!("d{n:03}")).await;
+    }
+    for n in 0..DEPLOYMENTS {
+        world.until_ready(&format!("d{n:03}")).await;
+    }
+    let_pass(60).await;
+    let settled = operator.line.writes();
+    let statuses = settled
+        .iter()
+        .filter(|w| w.contains("/modeldeployments/"))
+        .count();
+    assert!(
+        statuses <= 6 * DEPLOYMENTS,
+        "{statuses} statuses for {DEPLOYMENTS} deployments"
+    );
+    let_pass(600).await;
+    assert_eq!(
+        operator.line.writes().len(),
+        settled.len(),
+        "and then nothing more"
+    );
+}

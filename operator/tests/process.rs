@@ -1,0 +1,87 @@
+//! The binary, as a cluster runs it: over TLS with a kubeconfig, stopped by SIGTERM.
+
+mod common;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use common::World;
+
+fn operator(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_freehold-operator"));
+    command
+        .args(["--metrics-listen", "127.0.0.1:0"])
+        .args(arguments)
+        .env_clear()
+        .stderr(Stdio::piped());
+    command
+}
+
+/// Ends with the test, whatever happens in it.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Asks a process to end; returns how it did, or None when it did not within 10 s.
+async fn terminate(process: &mut Killed) -> Option<ExitStatus> {
+    let signalled = Command::new("kill")
+        .arg(process.0.id().to_string())
+        .status()
+        .unwrap();
+    assert!(signalled.success());
+    let asked = Instant::now();
+    while asked.elapsed() < Duration::from_secs(10) {
+        if let Some(status) = process.0.try_wait().unwrap() {
+            return Some(status);
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    None
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_binary_works_over_tls_and_ends_cleanly() {
+    let world = World::new();
+    let folder = tempfile::tempdir().unwrap();
+    let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let server = world.control_plane.serve(anywhere, folder.path()).await.unwrap();
+    let _agent = world.agent("pi");
+    let process = operator(&["--leader-elect", "--identity", "binary", "--log-format", "json"])
+        .env("KUBECONFIG", server.kubeconfig())
+        .spawn()
+        .unwrap();
+    let mut process = Killed(process);
+    world.deploy("chat").await;
+    world.until_ready("chat").await;
+    let lease = world.leases().get("freehold-operator").await.unwrap();
+    let holder = lease.spec.unwrap().holder_identity.unwrap();
+    assert!(holder.starts_with("binary-"), "{holder}");
+    let asked = Instant::now();
+    let status = terminate(&mut process).await;
+    assert!(status.is_some_and(|status| status.success()), "{status:?}");
+    assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
+    let lease = world.leases().get("freehold-operator").await.unwrap();
+    assert_eq!(
+        lease.spec.unwrap().holder_identity,
+        None,
+        "the Lease is given back"
+    );
+    server.shutdown().await;
+}
+
+#[test]
+fn without_an_api_the_binary_says_what_to_set() {
+    let output = operator(&[])
+        .env("KUBECONFIG", "/nowhere/kubeconfig")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("KUBECONFIG"), "{said}");
+}
