@@ -2,6 +2,7 @@
 #![allow(dead_code)] // every test file uses its own part
 
 pub mod ask;
+pub mod gguf;
 
 use std::path::PathBuf;
 
