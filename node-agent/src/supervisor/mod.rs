@@ -39,6 +39,9 @@ use instance::Instance;
 const INBOX: usize = 256;
 /// How often requests in flight are looked at while something drains.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
+/// A deadline that has passed and waits for something else (an idle model whose counters are a moment
+/// old) is looked at again after this, not at once.
+const SHORTEST_REST: Duration = Duration::from_millis(20);
 /// Without any deadline the world is looked over this often.
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
@@ -188,7 +191,7 @@ impl Supervisor {
             return DRAIN_POLL;
         }
         let next = self.instances.values().filter_map(Instance::deadline).min();
-        next.map_or(LONGEST_REST, |next| next.saturating_sub(now)).min(LONGEST_REST)
+        next.map_or(LONGEST_REST, |next| next.saturating_sub(now)).clamp(SHORTEST_REST, LONGEST_REST)
     }
 
     /// The spec is compared with what runs; only differences lead to anything.

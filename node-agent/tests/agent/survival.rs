@@ -1,0 +1,84 @@
+//! What goes on when the API, a worker, or the agent itself is gone.
+
+use rustix::process::Signal;
+
+use crate::harness::{
+    Machine, Setup, assignment, chat_model, embedding_model, eventually, keep_spec, kill, no_api, spec, workers_of,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn serves_its_last_spec_without_an_api_and_survives_a_killed_worker() {
+    let folder = tempfile::tempdir().expect("a folder");
+    keep_spec(folder.path(), &spec(&[assignment("chat", "1", &chat_model())]));
+    let mut machine = Machine::start_in(folder.path().to_owned(), no_api(), Setup::default()).await;
+    let answer = machine.chat_until_answered("chat").await;
+    assert!(answer.contains("Paris"), "{answer:?}");
+
+    let before = machine.workers();
+    assert_eq!(before.len(), 1);
+    kill(before[0], Signal::KILL);
+    let again = eventually("another worker", || async {
+        let now = machine.workers();
+        if now.len() == 1 && now != before { Ok(now) } else { Err(format!("{now:?}")) }
+    })
+    .await;
+    assert_ne!(again, before);
+    assert_eq!(machine.chat_until_answered("chat").await, answer);
+
+    machine.stop().await;
+    assert!(workers_of(folder.path()).is_empty(), "workers end with their agent");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn restarted_agent_ends_stuck_orphans_and_serves_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // A worker of an agent that was killed: stopped by a signal, so it cannot see its stdin close.
+    std::fs::create_dir(folder.path().join("run")).expect("made");
+    let mut orphan = std::process::Command::new(env!("CARGO_BIN_EXE_freehold-node-agent"))
+        .args(["worker", "--context", "256", "--socket"])
+        .arg(folder.path().join("run/old.sock"))
+        .arg("--model")
+        .arg(chat_model())
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("a worker");
+    kill(i32::try_from(orphan.id()).expect("a pid"), Signal::STOP);
+
+    keep_spec(folder.path(), &spec(&[assignment("chat", "1", &chat_model())]));
+    let mut machine = Machine::start_in(folder.path().to_owned(), no_api(), Setup::default()).await;
+    let ended = tokio::task::spawn_blocking(move || orphan.wait()).await.expect("joined").expect("waited");
+    assert!(!ended.success());
+    machine.chat_until_answered("chat").await;
+    machine.stop().await;
+
+    // And once more, as after a reboot.
+    let mut machine = Machine::start_in(folder.path().to_owned(), no_api(), Setup::default()).await;
+    machine.chat_until_answered("chat").await;
+    machine.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_models_serve_side_by_side() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let both = [assignment("chat", "1", &chat_model()), assignment("embed", "1", &embedding_model())];
+    keep_spec(folder.path(), &spec(&both));
+    let mut machine = Machine::start_in(folder.path().to_owned(), no_api(), Setup::default()).await;
+    machine.chat_until_answered("chat").await;
+    let body = serde_json::json!({"model": "embed", "input": ["a cat", "a kitten", "a bank loan"]});
+    let reply = eventually("embeddings", || async {
+        let (status, reply) = machine.post("/v1/embeddings", body.clone()).await;
+        if status == 200 { Ok(reply) } else { Err(format!("{status} {reply}")) }
+    })
+    .await;
+    let vector = |index: usize| -> Vec<f64> {
+        let numbers = reply["data"][index]["embedding"].as_array().expect("a vector");
+        numbers.iter().map(|number| number.as_f64().expect("a number")).collect()
+    };
+    let cosine = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let (cat, kitten, loan) = (vector(0), vector(1), vector(2));
+    assert!(cosine(&cat, &kitten) > cosine(&cat, &loan) + 0.2);
+    assert_eq!(machine.workers().len(), 2);
+    machine.stop().await;
+}
