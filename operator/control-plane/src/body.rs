@@ -27,7 +27,12 @@ pub(crate) fn media_type(headers: &HeaderMap) -> &str {
 }
 
 /// What the method and the body ask for.
-pub(crate) fn action(method: &Method, headers: &HeaderMap, body: Bytes, name: &str) -> Result<Action, ApiError> {
+pub(crate) fn action(
+    method: &Method,
+    headers: &HeaderMap,
+    body: Bytes,
+    name: &str,
+) -> Result<Action, ApiError> {
     let media_type = media_type(headers);
     Ok(match *method {
         Method::POST => Action::Create(parse_body(media_type, &body)?),

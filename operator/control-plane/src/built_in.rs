@@ -39,7 +39,9 @@ fn structural<T: JsonSchema>() -> Option<Structural> {
 /// An object is of its kind when it reads as the kind's type.
 pub(crate) fn check(resource: &Resource, object: &Value) -> Result<(), ApiError> {
     fn reads<T: DeserializeOwned>(object: &Value) -> Result<(), String> {
-        T::deserialize(object).map(drop).map_err(|error| error.to_string())
+        T::deserialize(object)
+            .map(drop)
+            .map_err(|error| error.to_string())
     }
     let outcome = match resource.kind.as_str() {
         "ConfigMap" => reads::<v1::ConfigMap>(object),
@@ -62,7 +64,9 @@ pub(crate) fn fold_string_data(resource: &Resource, object: &mut Value) {
     if resource.kind != "Secret" || !resource.group.is_empty() {
         return;
     }
-    let Some(secret) = object.as_object_mut() else { return };
+    let Some(secret) = object.as_object_mut() else {
+        return;
+    };
     let well_formed = |value: &Value| {
         let texts = value.as_object();
         texts.is_some_and(|texts| texts.values().all(Value::is_string))

@@ -126,7 +126,10 @@ impl ApiError {
     }
 
     pub(crate) fn slow_body(limit: std::time::Duration) -> Self {
-        let message = format!("the request body did not arrive within {} seconds", limit.as_secs());
+        let message = format!(
+            "the request body did not arrive within {} seconds",
+            limit.as_secs()
+        );
         Self::new(StatusCode::REQUEST_TIMEOUT, "Timeout", message)
     }
 
@@ -144,6 +147,10 @@ impl ApiError {
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
             "message": self.message, "reason": self.reason, "code": self.code.as_u16(),
         });
+        // An error of no known kind has no reason.
+        if let (true, Some(status)) = (self.reason.is_empty(), status.as_object_mut()) {
+            status.remove("reason");
+        }
         let mut details = serde_json::Map::new();
         if let Some((group, kind, name)) = &self.details {
             for (key, value) in [("name", name), ("group", group), ("kind", kind)] {

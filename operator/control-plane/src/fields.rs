@@ -107,22 +107,46 @@ impl FieldSet {
     }
 
     fn collect(&self, path: String, found: &mut Vec<String>) {
-        if self.here {
-            found.push(path.clone());
+        let children = || self.children.iter().map(|(key, child)| (written(key), child));
+        for (element, _) in children().filter(|(_, child)| child.here) {
+            found.push(format!("{path}{element}"));
         }
-        for (key, child) in &self.children {
-            let element = match key.split_once(':') {
-                Some(("f", name)) => format!(".{name}"),
-                Some(("k", keys)) => {
-                    let keys: Map<String, Value> = serde_json::from_str(keys).unwrap_or_default();
-                    let parts: Vec<String> = keys.iter().map(|(k, v)| format!("{k}={v}")).collect();
-                    format!("[{}]", parts.join(","))
-                }
-                Some(("v", value)) => format!("[={value}]"),
-                _ => format!("[{key}]"),
-            };
+        for (element, child) in children() {
             child.collect(format!("{path}{element}"), found);
         }
+    }
+
+    /// The set with every declared field on the way to what is in it: to own `.spec.model.path` is to own
+    /// `.spec.model`, but to own a label is not to own the labels.
+    pub(crate) fn with_named_fields(&self, schema: Option<&Value>) -> Self {
+        let children = self.children.iter().map(|(element, child)| {
+            let name = element.strip_prefix("f:");
+            let below = match name {
+                Some(name) => field_schema(schema, name),
+                None => item_schema(schema),
+            };
+            let mut child = child.with_named_fields(below);
+            child.here |= name.is_some_and(|name| is_declared(schema, name));
+            (element.clone(), child)
+        });
+        Self {
+            here: self.here,
+            children: children.collect(),
+        }
+    }
+}
+
+/// An element as the API server writes it in a path: `.name`, `[name="x"]`, `[="x"]`.
+pub(crate) fn written(element: &str) -> String {
+    match element.split_once(':') {
+        Some(("f", name)) => format!(".{name}"),
+        Some(("k", keys)) => {
+            let keys: Map<String, Value> = serde_json::from_str(keys).unwrap_or_default();
+            let parts: Vec<String> = keys.iter().map(|(k, v)| format!("{k}={v}")).collect();
+            format!("[{}]", parts.join(","))
+        }
+        Some(("v", value)) => format!("[={value}]"),
+        _ => format!("[{element}]"),
     }
 }
 
@@ -152,11 +176,17 @@ pub(crate) fn shape<'a>(schema: Option<&Value>, value: &'a Value) -> Shape<'a> {
     }
 }
 
-/// Schema of a field. `metadata` is the same everywhere, so it is known here.
+/// Schema of a field.
 pub(crate) fn field_schema<'a>(schema: Option<&'a Value>, name: &str) -> Option<&'a Value> {
     let schema = schema?;
     let property = schema.get("properties").and_then(|p| p.get(name));
     property.or_else(|| schema.get("additionalProperties").filter(|a| a.is_object()))
+}
+
+/// Whether the schema names the field, rather than allowing any name.
+pub(crate) fn is_declared(schema: Option<&Value>, name: &str) -> bool {
+    let properties = schema.and_then(|schema| schema.get("properties"));
+    properties.is_some_and(|properties| properties.get(name).is_some())
 }
 
 pub(crate) fn item_schema(schema: Option<&Value>) -> Option<&Value> {
@@ -187,8 +217,10 @@ pub(crate) fn fields_of(schema: Option<&Value>, value: &Value) -> FieldSet {
         Shape::Fields(fields) => {
             set.here = fields.is_empty();
             for (name, child) in fields {
-                set.children
-                    .insert(format!("f:{name}"), fields_of(field_schema(schema, name), child));
+                let mut below = fields_of(field_schema(schema, name), child);
+                // Like an item of a list, an entry of a map is owned itself.
+                below.here |= !is_declared(schema, name);
+                set.children.insert(format!("f:{name}"), below);
             }
         }
         Shape::Items(items, keys) => {
@@ -215,7 +247,7 @@ pub(crate) fn compare(
 ) -> (FieldSet, FieldSet) {
     match (old, new) {
         (None, None) => (FieldSet::default(), FieldSet::default()),
-        (None, Some(new)) => (fields_of(schema, new), FieldSet::default()),
+        (None, Some(new)) => (whole(&fields_of(schema, new)), FieldSet::default()),
         (Some(old), None) => (FieldSet::default(), whole(&fields_of(schema, old))),
         (Some(old), Some(new)) if old == new => (FieldSet::default(), FieldSet::default()),
         (Some(old), Some(new)) => compare_values(schema, old, new),
@@ -246,10 +278,9 @@ fn compare_values(schema: Option<&Value>, old: &Value, new: &Value) -> (FieldSet
             for (name, value) in after.iter().filter(|(name, _)| !before.contains_key(*name)) {
                 descend(format!("f:{name}"), field_schema(schema, name), None, Some(value));
             }
-            changed.here = after.is_empty() && !before.is_empty();
         }
         (Shape::Items(before, keys), Shape::Items(after, _)) => {
-            let item_schema = item_schema(schema).filter(|_| matches!(keys, ListKeys::Map(_)));
+            let item_schema = item_schema(schema);
             let find = |items: &[Value], element: &str| {
                 items
                     .iter()
@@ -264,18 +295,22 @@ fn compare_values(schema: Option<&Value>, old: &Value, new: &Value) -> (FieldSet
             for item in after {
                 let element = item_element(item, &keys);
                 if find(before, &element).is_none() {
-                    let mut fields = item_schema.map(|s| fields_of(Some(s), item)).unwrap_or_default();
-                    fields.here = true;
-                    changed.children.insert(element, fields);
+                    descend(element, item_schema, None, Some(item));
                 }
             }
         }
-        _ => changed = fields_of(schema, new),
+        // One of them is a leaf: everything of the old one is gone, and the new one is new.
+        _ => {
+            changed = whole(&fields_of(schema, new));
+            removed = whole(&fields_of(schema, old));
+            removed.subtract(&changed);
+        }
     }
     (changed, removed)
 }
 
-/// The set with every path on the way, for removals: who owned a parent of what is gone owns it no more.
+/// The set with every path on the way: who adds or removes a field with all that is in it does so to the
+/// structure as well.
 fn whole(set: &FieldSet) -> FieldSet {
     FieldSet {
         here: true,

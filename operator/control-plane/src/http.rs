@@ -189,7 +189,9 @@ impl Api {
         let read_only = !resource.verbs.contains(&"update");
         match (&parts.method, named) {
             (&Method::GET, _) => self.read(parts, path, &query).await,
-            (&Method::POST, false) if resource.verbs == ["create"] => review(resource, &parts.headers, &body, user),
+            (&Method::POST, false) if resource.verbs == ["create"] => {
+                review(resource, &parts.headers, &body, user)
+            }
             _ if read_only => Err(ApiError::method_not_allowed()),
             (&Method::POST, false)
             | (&Method::PUT | &Method::PATCH | &Method::DELETE, true)

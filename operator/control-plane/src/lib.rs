@@ -12,13 +12,16 @@
 
 mod body;
 mod built_in;
+mod cel;
 mod discovery;
 mod error;
 mod events;
 mod fields;
 mod http;
+mod json_path;
 mod listing;
 mod managed;
+mod merge;
 mod metadata;
 mod patch;
 mod protobuf;
@@ -30,6 +33,8 @@ mod selector;
 mod server;
 mod store;
 mod table;
+mod typed;
+mod validate;
 mod watch;
 
 use std::net::SocketAddr;

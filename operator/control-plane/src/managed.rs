@@ -4,8 +4,9 @@ use http::StatusCode;
 use serde_json::{Map, Value, json};
 
 use crate::error::{ApiError, Cause};
-use crate::fields::{FieldSet, Shape, compare, field_schema, fields_of, item_element, item_schema, shape};
-use crate::schema::ListKeys;
+use crate::fields::{FieldSet, compare, fields_of};
+use crate::merge::{merge, without};
+use crate::typed;
 
 /// Who writes, and through which door.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +35,19 @@ impl Entry {
         self.manager == writer.manager
             && self.operation == operation
             && self.subresource == writer.subresource
+            && (operation == "Apply" || self.api_version == writer.api_version)
+    }
+
+    /// As the API server calls it in a conflict.
+    fn described(&self) -> String {
+        let mut who = format!("{:?}", self.manager);
+        if !self.subresource.is_empty() {
+            who.push_str(&format!(" with subresource {:?}", self.subresource));
+        }
+        if self.operation == "Update" {
+            who.push_str(&format!(" using {}", self.api_version));
+        }
+        who
     }
 
     fn to_value(&self) -> Value {
@@ -100,14 +114,30 @@ fn store_entries(object: &mut Value, mut entries: Vec<Entry>) {
 /// Metadata has the same shape for every kind; a CRD's schema says nothing of it.
 pub(crate) fn schema_with_metadata(schema: Option<&Value>) -> Value {
     let mut schema = schema.cloned().unwrap_or_else(|| json!({"type": "object"}));
+    let text = || json!({"type": "string"});
+    let number = || json!({"type": "integer"});
+    let texts = || json!({"type": "object", "additionalProperties": {"type": "string"}});
     let metadata = json!({"type": "object", "properties": {
-        "finalizers": {"type": "array", "x-kubernetes-list-type": "set"},
-        "ownerReferences": {"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["uid"]},
+        "name": text(), "namespace": text(), "generateName": text(), "uid": text(), "resourceVersion": text(),
+        "creationTimestamp": text(), "deletionTimestamp": text(), "selfLink": text(),
+        "generation": number(), "deletionGracePeriodSeconds": number(),
+        "labels": texts(), "annotations": texts(),
+        "managedFields": {"type": "array", "items": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}},
+        "finalizers": {"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "string"}},
+        "ownerReferences": {
+            "type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["uid"],
+            "items": {"type": "object", "x-kubernetes-map-type": "atomic", "properties": {
+                "apiVersion": text(), "kind": text(), "name": text(), "uid": text(),
+                "controller": {"type": "boolean"}, "blockOwnerDeletion": {"type": "boolean"},
+            }},
+        },
     }});
     if let Some(object) = schema.as_object_mut() {
         let properties = object.entry("properties").or_insert_with(|| json!({}));
         if let Some(properties) = properties.as_object_mut() {
             properties.insert("metadata".to_owned(), metadata);
+            properties.insert("apiVersion".to_owned(), text());
+            properties.insert("kind".to_owned(), text());
         }
     }
     schema
@@ -164,7 +194,10 @@ pub(crate) fn keep_or_take_entries(old: &Value, new: &mut Value, subresource: &s
         return;
     };
     let sent = metadata.remove("managedFields");
-    let sent = sent.as_ref().and_then(Value::as_array).filter(|list| !list.is_empty());
+    let sent = sent
+        .as_ref()
+        .and_then(Value::as_array)
+        .filter(|list| !list.is_empty());
     let readable = |entry: &Value| {
         let text = |key: &str| entry.get(key).is_some_and(Value::is_string);
         let operation = entry.get("operation").and_then(Value::as_str);
@@ -220,7 +253,8 @@ pub(crate) fn record_update(schema: &Value, old: Option<&Value>, new: &mut Value
 /// Server-side apply: `applied` laid over `live`, as its manager's whole intent.
 ///
 /// # Errors
-/// A conflict, when a field that would change belongs to another manager and `force` is false.
+/// A conflict, when a field that would change belongs to another manager and `force` is false; or that
+/// `applied` does not have the types of its schema.
 pub(crate) fn apply(
     schema: &Value,
     live: Option<&Value>,
@@ -228,23 +262,20 @@ pub(crate) fn apply(
     writer: &Writer,
     force: bool,
 ) -> Result<Value, ApiError> {
+    typed::check(schema, applied).map_err(|why| untyped(applied, &why))?;
     let base = live.cloned().unwrap_or_else(|| json!({"metadata": {}}));
     let intent = strip(fields_of(Some(schema), &without_managed_fields(applied)), writer);
     let mut merged = merge(Some(schema), &base, &without_managed_fields(applied));
     let mut entries = entries(&base);
 
-    // What this manager applied before and applies no more goes, unless another owns it too.
-    let previous = entries
-        .iter()
-        .find(|entry| entry.is(writer, "Apply"))
-        .map(|e| e.set.clone())
-        .unwrap_or_default();
-    let mut gone = previous;
-    gone.subtract(&intent);
-    for entry in entries.iter().filter(|entry| !entry.is(writer, "Apply")) {
-        gone.subtract(&entry.set);
+    let previous = entries.iter().find(|entry| entry.is(writer, "Apply"));
+    if let Some(previous) = previous.map(|entry| entry.set.clone()) {
+        let mut owned = fields_of(Some(schema), applied);
+        for entry in entries.iter().filter(|entry| !entry.is(writer, "Apply")) {
+            owned.union(&entry.set);
+        }
+        merged = prune(schema, &merged, &previous, &owned);
     }
-    remove(Some(schema), &mut merged, &gone, &intent);
 
     let (mut changed, removed) = compare(
         Some(schema),
@@ -254,10 +285,15 @@ pub(crate) fn apply(
     changed = strip(changed, writer);
     let removed = strip(removed, writer);
     let mut conflicts = Vec::new();
+    let settled = taken_over_from_client_side_apply(schema, &base, writer);
     for entry in entries.iter_mut().filter(|entry| !entry.is(writer, "Apply")) {
         let contested = entry.set.intersection(&changed);
         if !contested.is_empty() {
-            conflicts.push((entry.clone(), contested.clone()));
+            let mut disputed = contested.clone();
+            disputed.subtract(&settled);
+            if !disputed.is_empty() {
+                conflicts.push((entry.clone(), disputed));
+            }
             entry.set.subtract(&contested);
         }
         entry.set.subtract(&removed);
@@ -286,292 +322,95 @@ pub(crate) fn apply(
     Ok(merged)
 }
 
+/// What kubectl applied by itself, and nobody changed since, kubectl may change through the server.
+fn taken_over_from_client_side_apply(schema: &Value, live: &Value, writer: &Writer) -> FieldSet {
+    let annotation = live.pointer("/metadata/annotations/kubectl.kubernetes.io~1last-applied-configuration");
+    let applied = annotation
+        .and_then(Value::as_str)
+        .map(serde_json::from_str::<Value>);
+    let (true, Some(Ok(applied))) = (writer.manager == "kubectl", applied) else {
+        return FieldSet::default();
+    };
+    let mut unchanged = fields_of(Some(schema), &applied);
+    let (changed, removed) = compare(Some(schema), Some(&applied), Some(live));
+    unchanged.subtract(&changed);
+    unchanged.subtract(&removed);
+    unchanged
+}
+
+/// The API server has no code of its own for a configuration that does not have the types of its schema.
+fn untyped(applied: &Value, why: &str) -> ApiError {
+    let text = |pointer: &str| {
+        applied
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    };
+    let (group, version) = text("/apiVersion")
+        .split_once('/')
+        .unwrap_or(("", text("/apiVersion")));
+    let message = format!(
+        "failed to create typed patch object ({}/{}; {group}/{version}, Kind={}): {why}",
+        text("/metadata/namespace"),
+        text("/metadata/name"),
+        text("/kind")
+    );
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "", message)
+}
+
+/// Takes out what was applied before and is applied no more, unless somebody owns it.
+///
+/// What is in a structure that goes as a whole goes with it (a default that the server put there), unless
+/// somebody owns it; what stands beside it and belongs to nobody stays.
+fn prune(schema: &Value, merged: &Value, previous: &FieldSet, owned: &FieldSet) -> Value {
+    let schema = Some(schema);
+    let named = |value: &Value| fields_of(schema, value).with_named_fields(schema);
+    let (all, previous) = (named(merged), previous.with_named_fields(schema));
+
+    let mut kept = named(&without(schema, merged, &previous));
+    kept.union(&owned.with_named_fields(schema));
+    let mut gone = all.clone();
+    gone.subtract(&kept);
+
+    let remaining = named(&without(schema, merged, &gone));
+    let mut gone = all;
+    gone.subtract(&remaining);
+    without(schema, merged, &gone.intersection(&previous))
+}
+
 fn conflict(conflicts: &[(Entry, FieldSet)]) -> ApiError {
+    let mut conflicts: Vec<(String, &Entry, Vec<String>)> = conflicts
+        .iter()
+        .map(|(entry, contested)| (entry.described(), entry, contested.paths()))
+        .collect();
+    conflicts.sort_by(|(_, a, _), (_, b, _)| (&a.manager, &a.operation).cmp(&(&b.manager, &b.operation)));
     let mut causes = Vec::new();
     let mut lines = Vec::new();
-    for (entry, contested) in conflicts {
-        let mut who = format!("conflict with {:?}", entry.manager);
-        if !entry.subresource.is_empty() {
-            who.push_str(&format!(" with subresource {:?}", entry.subresource));
-        }
-        if entry.operation == "Update" {
-            who.push_str(&format!(" using {}", entry.api_version));
-            if let Some(time) = entry.time.as_str() {
-                who.push_str(&format!(" at {time}"));
-            }
-        }
-        let paths = contested.paths();
-        if paths.len() == 1 {
-            lines.push(format!("{who}: {}", paths.concat()));
-        } else {
-            lines.push(format!("{who}:\n- {}", paths.join("\n- ")));
-        }
+    for (who, _, paths) in &conflicts {
+        lines.push(format!("conflicts with {who}:"));
+        lines.extend(paths.iter().map(|path| format!("- {path}")));
         causes.extend(
             paths
-                .into_iter()
-                .map(|path| Cause::new("FieldManagerConflict", path, who.clone())),
+                .iter()
+                .map(|path| Cause::new("FieldManagerConflict", path, format!("conflict with {who}"))),
         );
     }
-    let plural = if causes.len() == 1 { "" } else { "s" };
-    let message = format!(
-        "Apply failed with {} conflict{plural}: {}",
-        causes.len(),
-        lines.join("\n")
-    );
+    let message = match causes.as_slice() {
+        [one] => format!("Apply failed with 1 conflict: {}: {}", one.message, one.field),
+        several => format!(
+            "Apply failed with {} conflicts: {}",
+            several.len(),
+            lines.join("\n")
+        ),
+    };
     let mut error = ApiError::new(StatusCode::CONFLICT, "Conflict", message);
     error.causes = causes;
     error
 }
 
-/// `patch` laid over `base`: fields and list items by their identity, leaves replaced.
-fn merge(schema: Option<&Value>, base: &Value, patch: &Value) -> Value {
-    match (shape(schema, base), shape(schema, patch)) {
-        (Shape::Fields(before), Shape::Fields(after)) => {
-            let mut merged = before.clone();
-            for (name, value) in after {
-                let value = match before.get(name) {
-                    Some(old) => merge(field_schema(schema, name), old, value),
-                    None => value.clone(),
-                };
-                merged.insert(name.clone(), value);
-            }
-            Value::Object(merged)
-        }
-        (Shape::Items(before, keys), Shape::Items(after, _)) => {
-            let mut merged = before.to_vec();
-            for item in after {
-                let element = item_element(item, &keys);
-                match merged.iter_mut().find(|old| item_element(old, &keys) == element) {
-                    Some(old) if matches!(keys, ListKeys::Map(_)) => {
-                        *old = merge(item_schema(schema), old, item)
-                    }
-                    Some(_) => {}
-                    None => merged.push(item.clone()),
-                }
-            }
-            Value::Array(merged)
-        }
-        _ => patch.clone(),
-    }
-}
-
-/// Takes the paths of `gone` out of `value`. Where a parent of something in `keep` would go, it stays.
-fn remove(schema: Option<&Value>, value: &mut Value, gone: &FieldSet, keep: &FieldSet) {
-    let keys = match shape(schema, value) {
-        Shape::Items(_, keys) => Some(keys),
-        Shape::Fields(_) | Shape::Leaf => None,
-    };
-    match value {
-        Value::Object(object) => {
-            for (element, below) in &gone.children {
-                let Some(name) = element.strip_prefix("f:") else {
-                    continue;
-                };
-                let kept = keep.children.get(element);
-                let Some(child) = object.get_mut(name) else {
-                    continue;
-                };
-                let was_filled = child.as_object().is_some_and(|o| !o.is_empty())
-                    || child.as_array().is_some_and(|a| !a.is_empty());
-                remove(
-                    field_schema(schema, name),
-                    child,
-                    below,
-                    kept.unwrap_or(&FieldSet::default()),
-                );
-                let emptied = was_filled
-                    && (child.as_object().is_some_and(Map::is_empty)
-                        || child.as_array().is_some_and(Vec::is_empty));
-                if (below.here || emptied) && kept.is_none() && (emptied || below.children.is_empty()) {
-                    object.remove(name);
-                }
-            }
-        }
-        Value::Array(items) => {
-            let Some(keys) = keys else { return };
-            items.retain_mut(|item| {
-                let element = item_element(item, &keys);
-                let Some(below) = gone.children.get(&element) else {
-                    return true;
-                };
-                if below.here {
-                    return false;
-                }
-                let kept = keep.children.get(&element).cloned().unwrap_or_default();
-                remove(item_schema(schema), item, below, &kept);
-                true
-            });
-        }
-        _ => {}
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn schema() -> Value {
-        schema_with_metadata(Some(
-            &json!({"type": "object", "properties": {"spec": {"type": "object", "properties": {
-                "size": {"type": "integer"}, "color": {"type": "string"},
-                "parts": {"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"],
-                    "items": {"type": "object", "properties": {"name": {"type": "string"}, "n": {"type": "integer"}}}},
-                "tags": {"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "string"}},
-                "atomic": {"type": "array", "items": {"type": "integer"}},
-            }}}}),
-        ))
-    }
-
-    fn writer(manager: &str) -> Writer {
-        Writer {
-            manager: manager.into(),
-            api_version: "t/v1".into(),
-            subresource: String::new(),
-            now: "2026-01-01T00:00:00Z".into(),
-        }
-    }
-
-    fn object(spec: Value) -> Value {
-        json!({"apiVersion": "t/v1", "kind": "T", "metadata": {"name": "x"}, "spec": spec})
-    }
-
-    #[test]
-    fn applying_twice_changes_nothing() {
-        let intent = object(json!({"size": 1, "parts": [{"name": "a", "n": 1}], "tags": ["x"]}));
-        let once = apply(&schema(), None, &intent, &writer("a"), false).unwrap();
-        let mut later = writer("a");
-        later.now = "2027-01-01T00:00:00Z".into();
-        assert_eq!(
-            apply(&schema(), Some(&once), &intent, &later, false).unwrap(),
-            once
-        );
-    }
-
-    #[test]
-    fn two_managers_keep_out_of_each_others_way() {
-        let a = object(json!({"size": 1, "parts": [{"name": "a", "n": 1}]}));
-        let b = object(json!({"color": "red", "parts": [{"name": "b", "n": 2}]}));
-        let one = apply(&schema(), None, &a, &writer("a"), false).unwrap();
-        let both = apply(&schema(), Some(&one), &b, &writer("b"), false).unwrap();
-        assert_eq!(
-            both["spec"],
-            json!({"size": 1, "parts": [{"name": "a", "n": 1}, {"name": "b", "n": 2}], "color": "red"})
-        );
-        // a gives up its part: only that goes.
-        let less = apply(
-            &schema(),
-            Some(&both),
-            &object(json!({"size": 1})),
-            &writer("a"),
-            false,
-        )
-        .unwrap();
-        assert_eq!(
-            less["spec"],
-            json!({"size": 1, "parts": [{"name": "b", "n": 2}], "color": "red"})
-        );
-    }
-
-    #[test]
-    fn another_managers_field_is_a_conflict_unless_forced() {
-        let live = apply(&schema(), None, &object(json!({"size": 1})), &writer("a"), false).unwrap();
-        let error = apply(
-            &schema(),
-            Some(&live),
-            &object(json!({"size": 2})),
-            &writer("b"),
-            false,
-        )
-        .unwrap_err();
-        assert_eq!(
-            error.message,
-            "Apply failed with 1 conflict: conflict with \"a\": .spec.size"
-        );
-        let forced = apply(
-            &schema(),
-            Some(&live),
-            &object(json!({"size": 2})),
-            &writer("b"),
-            true,
-        )
-        .unwrap();
-        assert_eq!(forced["spec"]["size"], 2);
-        let managers: Vec<&str> = forced["metadata"]["managedFields"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|e| e["manager"].as_str().unwrap())
-            .collect();
-        assert_eq!(managers, ["b"]);
-    }
-
-    #[test]
-    fn an_equal_value_is_shared_and_stays_when_one_lets_go() {
-        let live = apply(&schema(), None, &object(json!({"size": 1})), &writer("a"), false).unwrap();
-        let shared = apply(
-            &schema(),
-            Some(&live),
-            &object(json!({"size": 1, "color": "x"})),
-            &writer("b"),
-            false,
-        )
-        .unwrap();
-        let left = apply(
-            &schema(),
-            Some(&shared),
-            &object(json!({"color": "x"})),
-            &writer("b"),
-            false,
-        )
-        .unwrap();
-        assert_eq!(left["spec"], json!({"size": 1, "color": "x"}));
-    }
-
-    #[test]
-    fn an_update_takes_what_it_changes() {
-        let mut live = apply(
-            &schema(),
-            None,
-            &object(json!({"size": 1, "color": "x"})),
-            &writer("a"),
-            false,
-        )
-        .unwrap();
-        let old = live.clone();
-        live["spec"]["size"] = json!(5);
-        record_update(&schema(), Some(&old), &mut live, &writer("kubectl-edit"));
-        let error = apply(
-            &schema(),
-            Some(&live),
-            &object(json!({"size": 1, "color": "x"})),
-            &writer("a"),
-            false,
-        )
-        .unwrap_err();
-        assert_eq!(
-            error.message,
-            "Apply failed with 1 conflict: conflict with \"kubectl-edit\" using t/v1 at 2026-01-01T00:00:00Z: .spec.size"
-        );
-    }
-
-    #[test]
-    fn set_items_and_atomic_lists() {
-        let live = apply(
-            &schema(),
-            None,
-            &object(json!({"tags": ["x", "y"], "atomic": [1, 2]})),
-            &writer("a"),
-            false,
-        )
-        .unwrap();
-        let next = apply(
-            &schema(),
-            Some(&live),
-            &object(json!({"tags": ["y", "z"], "atomic": [3]})),
-            &writer("a"),
-            false,
-        )
-        .unwrap();
-        assert_eq!(next["spec"], json!({"tags": ["y", "z"], "atomic": [3]}));
-    }
-}
+#[path = "managed_properties.rs"]
+mod properties;
+#[cfg(test)]
+#[path = "managed_tests.rs"]
+mod tests;

@@ -53,31 +53,28 @@ pub(crate) fn check_types(body: &Value) -> Result<(), ApiError> {
         .map_err(|error| ApiError::bad_request(format!("metadata cannot be handled as ObjectMeta: {error}")))
 }
 
+/// Empty maps and lists say nothing, and are not kept.
+pub(crate) fn tidy(object: &mut Value) {
+    let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) else {
+        return;
+    };
+    metadata.retain(|_, value| match value {
+        Value::Null => false,
+        Value::Object(fields) => !fields.is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::String(_) | Value::Number(_) | Value::Bool(_) => true,
+    });
+}
+
 /// What is wrong with the labels, and with finalizers that are added too late.
 pub(crate) fn check(object: &Value, old: Option<&Value>) -> Vec<Cause> {
     let mut causes = Vec::new();
     let labels = object.pointer("/metadata/labels").and_then(Value::as_object);
     for (key, value) in labels.into_iter().flatten() {
-        let mut invalid = |found: &str, rule: &str| {
-            let message = format!("Invalid value: {found:?}: {rule}");
+        let mut errors = label_key_errors(key);
+        errors.extend(value.as_str().and_then(label_value_error));
+        for message in errors {
             causes.push(Cause::new("FieldValueInvalid", "metadata.labels", message));
-        };
-        let (prefix, name) = match key.split_once('/') {
-            Some((prefix, name)) => (Some(prefix), name),
-            None => (None, key.as_str()),
-        };
-        if prefix.is_some_and(|prefix| check_name("", prefix).is_err()) {
-            invalid(key, "prefix part a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')");
-        }
-        if name.is_empty() || !is_label_text(name) {
-            invalid(key, "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')");
-        }
-        if let Some(value) = value.as_str() {
-            if value.len() > 63 {
-                invalid(value, "must be no more than 63 bytes");
-            } else if !is_label_text(value) {
-                invalid(value, "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')");
-            }
         }
     }
     let finalizers = |object: &Value| -> Vec<String> {
@@ -94,12 +91,45 @@ pub(crate) fn check(object: &Value, old: Option<&Value>) -> Vec<Cause> {
         if !added.is_empty() {
             let message = format!(
                 "Forbidden: no new finalizers can be added if the object is being deleted, found new finalizers []string{{{}}}",
-                added.iter().map(|f| format!("{f:?}")).collect::<Vec<_>>().join(", ")
+                added
+                    .iter()
+                    .map(|f| format!("{f:?}"))
+                    .collect::<Vec<_>>()
+                    .join(", ")
             );
             causes.push(Cause::new("FieldValueForbidden", "metadata.finalizers", message));
         }
     }
     causes
+}
+
+/// What is wrong with a label's key.
+pub(crate) fn label_key_errors(key: &str) -> Vec<String> {
+    let mut errors = Vec::new();
+    let (prefix, name) = match key.split_once('/') {
+        Some((prefix, name)) => (Some(prefix), name),
+        None => (None, key),
+    };
+    if prefix.is_some_and(|prefix| check_name("", prefix).is_err()) {
+        errors.push(format!("Invalid value: {key:?}: prefix part a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')"));
+    }
+    if name.is_empty() || !is_label_text(name) {
+        errors.push(format!("Invalid value: {key:?}: name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')"));
+    }
+    errors
+}
+
+/// What is wrong with a label's value.
+pub(crate) fn label_value_error(value: &str) -> Option<String> {
+    if value.len() > 63 {
+        Some(format!("Invalid value: {value:?}: must be no more than 63 bytes"))
+    } else if is_label_text(value) {
+        None
+    } else {
+        Some(format!(
+            "Invalid value: {value:?}: a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')"
+        ))
+    }
 }
 
 fn is_label_text(text: &str) -> bool {
@@ -126,7 +156,14 @@ mod tests {
     fn labels_are_what_kubernetes_takes() {
         let good = json!({"app.kubernetes.io/part-of": "x", "a": "", "A_b": "1.0"});
         assert!(fields(json!({"metadata": {"labels": good}}), None).is_empty());
-        for (key, value) in [("a b", "x"), ("a", "b c"), ("-a", "x"), ("a/", "x"), ("A/b", "x"), ("a", "x-")] {
+        for (key, value) in [
+            ("a b", "x"),
+            ("a", "b c"),
+            ("-a", "x"),
+            ("a/", "x"),
+            ("A/b", "x"),
+            ("a", "x-"),
+        ] {
             let labels = json!({key: value});
             assert_eq!(
                 fields(json!({"metadata": {"labels": labels}}), None),

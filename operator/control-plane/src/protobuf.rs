@@ -63,7 +63,11 @@ pub(crate) fn read(body: &[u8]) -> Result<Value, String> {
             }
             // A new namespace has no say in its spec and status, and of a review only the kind matters.
             ("Namespace" | "ConfigMap" | "Secret" | "SelfSubjectReview" | "SelfSubjectAccessReview", ..) => {}
-            (other, ..) => return Err(format!("a {other} is not taken as protobuf; send it as application/json")),
+            (other, ..) => {
+                return Err(format!(
+                    "a {other} is not taken as protobuf; send it as application/json"
+                ));
+            }
         }
     }
     Ok(Value::Object(object))
@@ -148,7 +152,11 @@ fn fields(mut bytes: &[u8]) -> Result<Vec<Field<'_>>, String> {
                 bytes = rest;
                 Content::Bytes(content)
             }
-            other => return Err(format!("the protobuf message has a field of unknown type {other}")),
+            other => {
+                return Err(format!(
+                    "the protobuf message has a field of unknown type {other}"
+                ));
+            }
         };
         found.push((tag >> 3, content));
     }

@@ -85,7 +85,8 @@ impl Target<'_> {
     }
 
     fn check_name(&self) -> Result<(), ApiError> {
-        metadata::check_name(&self.resource.kind, self.name).map_err(|cause| self.invalid(self.name, vec![cause]))
+        metadata::check_name(&self.resource.kind, self.name)
+            .map_err(|cause| self.invalid(self.name, vec![cause]))
     }
 }
 
@@ -196,16 +197,7 @@ impl Registry {
         options: &WriteOptions,
     ) -> Result<Written, ApiError> {
         let mut body = self.check_identity(target, body)?;
-        let found = body
-            .pointer("/metadata/name")
-            .and_then(Value::as_str)
-            .unwrap_or_default();
-        if found != target.name {
-            return Err(ApiError::bad_request(format!(
-                "the name of the object ({found}) does not match the name on the URL ({})",
-                target.name
-            )));
-        }
+        check_name_of_url(target, &body)?;
         let revision = body.pointer("/metadata/resourceVersion").and_then(Value::as_str);
         if !target.resource.unconditional_update && revision.is_none_or(str::is_empty) {
             let message = "Invalid value: 0: must be specified for an update";
@@ -249,6 +241,7 @@ impl Registry {
                     Patch::Apply(_) => {}
                 }
                 let mut body = self.check_identity(target, body)?;
+                check_name_of_url(target, &body)?;
                 let warnings = self.prepare(target, &mut body, options)?;
                 let object = self.replace(transaction, target, &old, body, options)?;
                 Ok(Written {
@@ -270,8 +263,8 @@ impl Registry {
         }
         let mut body = self.check_identity(target, body)?;
         body["metadata"]["name"] = json!(target.name);
-        let mut warnings = Vec::new();
-        self.check_unknown(target, &mut body, options, &mut warnings)?;
+        // Unknown fields are refused by `managed::apply`, however strictly the client asks for validation.
+        let warnings = Vec::new();
         let schema = schema_with_metadata(target.resource.schema.as_ref().map(|s| s.schema()));
         let writer = writer(target, options);
         self.store.transact(
@@ -425,6 +418,7 @@ impl Registry {
 
     /// Defaults and validation of the object as it would be kept.
     fn finish(&self, target: Target<'_>, object: &mut Value, old: Option<&Value>) -> Result<(), ApiError> {
+        metadata::tidy(object);
         let mut causes = metadata::check(object, old);
         if let Some(schema) = &target.resource.schema {
             schema.prune(object);
@@ -619,6 +613,24 @@ impl Registry {
             return last;
         }
         transaction.put(target.key(), new)
+    }
+}
+
+/// An object keeps its name.
+fn check_name_of_url(target: Target<'_>, body: &Value) -> Result<(), ApiError> {
+    let name = target.name;
+    match body
+        .pointer("/metadata/name")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+    {
+        "" => Err(ApiError::bad_request(format!(
+            "the name of the object ({name} based on URL) was undeterminable: name must be provided"
+        ))),
+        found if found != name => Err(ApiError::bad_request(format!(
+            "the name of the object ({found}) does not match the name on the URL ({name})"
+        ))),
+        _ => Ok(()),
     }
 }
 

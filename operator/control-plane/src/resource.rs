@@ -37,6 +37,8 @@ pub(crate) struct Resource {
     pub(crate) unconditional_update: bool,
     pub(crate) status_subresource: bool,
     pub(crate) columns: Vec<Column>,
+    /// Whether a table begins with the name. One of events tells what happened first.
+    pub(crate) name_first: bool,
     /// Paths such as `spec.enforcement`, besides `metadata.name` and `metadata.namespace`.
     pub(crate) selectable: Vec<String>,
     pub(crate) verbs: &'static [&'static str],
@@ -83,6 +85,7 @@ impl Resource {
             unconditional_update: kind != "Lease",
             status_subresource: false,
             columns: vec![column("Age", "date", ".metadata.creationTimestamp")],
+            name_first: true,
             selectable: Vec::new(),
             verbs: ALL_VERBS,
             storage: plural.to_owned(),
@@ -141,11 +144,16 @@ fn built_ins() -> Vec<Resource> {
             column("Reason", "string", ".reason"),
             column("Object", "string", involved),
             column("Message", "string", message),
+            Column {
+                priority: 1,
+                ..column("Name", "string", ".metadata.name")
+            },
         ];
         let mut resource = Resource::built_in(group, "v1", "Event", "events", true)
             .short(&["ev"])
             .columns(columns);
         resource.storage = "events".to_owned();
+        resource.name_first = false;
         resource
     };
     let core_events = events("", "@involvedObject", ".message", "@lastSeen").selectable(&[
@@ -257,6 +265,7 @@ fn from_crd(crd: &CustomResourceDefinition) -> Result<Resource, String> {
         unconditional_update: false,
         status_subresource: version.subresources.as_ref().is_some_and(|s| s.status.is_some()),
         columns,
+        name_first: true,
         selectable: selectable
             .map(|f| f.json_path.trim_start_matches('.').to_owned())
             .collect(),

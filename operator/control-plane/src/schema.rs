@@ -2,18 +2,17 @@
 //!
 //! The wording of errors is that of the Kubernetes API server, so that people find what they know.
 
-use std::collections::BTreeSet;
+use serde_json::Value;
 
-use kube_cel::{CompiledSchema, Validator, compile_schema};
-use regex::Regex;
-use serde_json::{Map, Value};
-
+use crate::cel::Rules;
 use crate::error::Cause;
+use crate::validate::{self, Patterns};
 
 /// A CRD's schema with what is derived from it once.
 pub(crate) struct Structural {
     schema: Value,
-    rules: CompiledSchema,
+    rules: Rules,
+    patterns: Patterns,
 }
 
 impl std::fmt::Debug for Structural {
@@ -24,8 +23,11 @@ impl std::fmt::Debug for Structural {
 
 impl Structural {
     pub(crate) fn new(schema: Value) -> Self {
-        let rules = compile_schema(&schema);
-        Self { schema, rules }
+        Self {
+            rules: Rules::compile(&schema),
+            patterns: Patterns::compile(&schema),
+            schema,
+        }
     }
 
     /// The schema as it stands in the CRD.
@@ -69,27 +71,28 @@ impl Structural {
         default(&self.schema, object);
     }
 
-    /// What is wrong with the object, empty when nothing is. `old` makes transition rules hold.
+    /// What is wrong with the object, empty when nothing is. What an update leaves as it was in `old` is
+    /// not held against it, so that an object from before a stricter schema can still be changed.
     pub(crate) fn validate(&self, object: &Value, old: Option<&Value>) -> Vec<Cause> {
-        let mut causes = Vec::new();
-        validate(&self.schema, object, "", &mut causes);
-        // Rules assume that the shape is right; the API server also stops before them.
-        if causes.is_empty()
-            && let Err(errors) = Validator::new().validate_compiled(&self.rules, object, old)
-        {
-            for error in errors.into_iter() {
-                let found = value_at(object, &error.field_path);
-                let message = format!(
-                    "Invalid value: {}: {}",
-                    brief(found.unwrap_or(&Value::Null)),
-                    error.message
-                );
-                causes.push(Cause::new("FieldValueInvalid", error.field_path.clone(), message));
-            }
+        let mut causes = validate::validate(&self.schema, &self.patterns, object, old);
+        // Rules assume that the shape is right.
+        let blocking = |cause: &Cause| {
+            matches!(
+                cause.reason,
+                "FieldValueRequired" | "FieldValueTooLong" | "FieldValueTooMany" | "FieldValueTypeInvalid"
+            )
+        };
+        if !self.rules.is_empty() && causes.iter().any(blocking) {
+            causes.push(Cause::new("FieldValueInvalid", "<nil>", NOT_CHECKED));
+        } else {
+            causes.extend(self.rules.check(object, old));
         }
         causes
     }
 }
+
+/// What the API server adds when a broken shape kept it from asking the rules.
+const NOT_CHECKED: &str = "Invalid value: \"null\": some validation rules were not checked because the object was invalid; correct the existing errors to complete validation";
 
 /// Fields of ObjectMeta.
 const METADATA_FIELDS: &[&str] = &[
@@ -110,11 +113,11 @@ const METADATA_FIELDS: &[&str] = &[
     "uid",
 ];
 
-fn flag(schema: &Value, name: &str) -> bool {
+pub(crate) fn flag(schema: &Value, name: &str) -> bool {
     schema.get(name).and_then(Value::as_bool) == Some(true)
 }
 
-fn join(path: &str, key: &str) -> String {
+pub(crate) fn join(path: &str, key: &str) -> String {
     if path.is_empty() {
         key.to_owned()
     } else {
@@ -202,172 +205,6 @@ fn default(schema: &Value, value: &mut Value) {
     }
 }
 
-fn type_name(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "boolean",
-        Value::Number(n) if n.is_i64() || n.is_u64() => "integer",
-        Value::Number(_) => "number",
-        Value::String(_) => "string",
-        Value::Array(_) => "array",
-        Value::Object(_) => "object",
-    }
-}
-
-/// A value in an error: short ones whole, long ones by their type.
-fn brief(value: &Value) -> String {
-    match value {
-        Value::Object(_) => "\"object\"".to_owned(),
-        Value::Array(_) => "\"array\"".to_owned(),
-        other => other.to_string(),
-    }
-}
-
-fn type_matches(schema: &Value, value: &Value) -> bool {
-    if flag(schema, "x-kubernetes-int-or-string") {
-        return matches!(type_name(value), "integer" | "string");
-    }
-    match schema.get("type").and_then(Value::as_str) {
-        None => true,
-        Some("number") => value.is_number(),
-        Some("integer") => {
-            type_name(value) == "integer" || value.as_f64().is_some_and(|number| number.fract() == 0.0)
-        }
-        Some(wanted) => wanted == type_name(value),
-    }
-}
-
-fn validate(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) {
-    let at = if path.is_empty() { "<nil>" } else { path };
-    let mut invalid = |what: String| {
-        let message = format!("Invalid value: {}: {at} in body {what}", brief(value));
-        causes.push(Cause::new("FieldValueInvalid", at, message));
-    };
-    if value.is_null() && flag(schema, "nullable") {
-        return;
-    }
-    if !type_matches(schema, value) {
-        let wanted = schema
-            .get("type")
-            .and_then(Value::as_str)
-            .unwrap_or("integer or string");
-        let message = format!(
-            "Invalid value: {:?}: {at} in body must be of type {wanted}: {:?}",
-            type_name(value),
-            type_name(value)
-        );
-        causes.push(Cause::new("FieldValueTypeInvalid", at, message));
-        return;
-    }
-    let number = |name: &str| schema.get(name).and_then(Value::as_f64);
-    if let Some(found) = value.as_f64().filter(|_| value.is_number()) {
-        if let Some(least) = number("minimum").filter(|least| found < *least) {
-            invalid(format!("should be greater than or equal to {least}"));
-        }
-        if let Some(most) = number("maximum").filter(|most| found > *most) {
-            invalid(format!("should be less than or equal to {most}"));
-        }
-    }
-    if let Some(text) = value.as_str() {
-        let length = text.chars().count() as f64;
-        if let Some(least) = number("minLength").filter(|least| length < *least) {
-            invalid(format!("should be at least {least} chars long"));
-        }
-        if let Some(most) = number("maxLength").filter(|most| length > *most) {
-            invalid(format!("should be at most {most} chars long"));
-        }
-        if let Some(pattern) = schema.get("pattern").and_then(Value::as_str)
-            && Regex::new(pattern).is_ok_and(|regex| !regex.is_match(text))
-        {
-            invalid(format!("should match '{pattern}'"));
-        }
-    }
-    if let Some(allowed) = schema.get("enum").and_then(Value::as_array)
-        && !allowed.contains(value)
-    {
-        let supported: Vec<String> = allowed.iter().map(Value::to_string).collect();
-        let message = format!(
-            "Unsupported value: {}: supported values: {}",
-            brief(value),
-            supported.join(", ")
-        );
-        causes.push(Cause::new("FieldValueNotSupported", at, message));
-    }
-    match value {
-        Value::Object(object) => validate_object(schema, object, path, causes),
-        Value::Array(items) => validate_array(schema, items, path, causes),
-        _ => {}
-    }
-}
-
-fn validate_object(schema: &Value, object: &Map<String, Value>, path: &str, causes: &mut Vec<Cause>) {
-    for required in schema
-        .get("required")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-    {
-        let name = required.as_str().unwrap_or_default();
-        if !object.contains_key(name) {
-            causes.push(Cause::new(
-                "FieldValueRequired",
-                join(path, name),
-                "Required value",
-            ));
-        }
-    }
-    let properties = schema.get("properties").and_then(Value::as_object);
-    let additional = schema.get("additionalProperties").filter(|a| a.is_object());
-    for (key, value) in object {
-        if path.is_empty() && matches!(key.as_str(), "metadata" | "apiVersion" | "kind") {
-            continue;
-        }
-        if let Some(child) = properties.and_then(|p| p.get(key)).or(additional) {
-            validate(child, value, &join(path, key), causes);
-        }
-    }
-}
-
-fn validate_array(schema: &Value, items: &[Value], path: &str, causes: &mut Vec<Cause>) {
-    let limit = |name: &str| schema.get(name).and_then(Value::as_u64);
-    let count = items.len() as u64;
-    if let Some(least) = limit("minItems").filter(|least| count < *least) {
-        let message = format!("Invalid value: {count}: {path} in body should have at least {least} items");
-        causes.push(Cause::new("FieldValueInvalid", path, message));
-    }
-    if let Some(most) = limit("maxItems").filter(|most| count > *most) {
-        let message = format!("Too many: {count}: must have at most {most} items");
-        causes.push(Cause::new("FieldValueTooMany", path, message));
-        return;
-    }
-    if let Some(child) = schema.get("items") {
-        for (index, item) in items.iter().enumerate() {
-            validate(child, item, &format!("{path}[{index}]"), causes);
-        }
-    }
-    let keys = list_keys(schema);
-    let mut seen = BTreeSet::new();
-    for (index, item) in items.iter().enumerate() {
-        let identity = match keys {
-            ListKeys::Map(ref keys) => Value::Object(
-                keys.iter()
-                    .filter_map(|k| Some((k.clone(), item.get(k)?.clone())))
-                    .collect(),
-            ),
-            ListKeys::Set => item.clone(),
-            ListKeys::Atomic => return,
-        };
-        if !seen.insert(identity.to_string()) {
-            let message = format!("Duplicate value: {identity}");
-            causes.push(Cause::new(
-                "FieldValueDuplicate",
-                format!("{path}[{index}]"),
-                message,
-            ));
-        }
-    }
-}
-
 /// How the items of a list are told apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ListKeys {
@@ -397,7 +234,7 @@ pub(crate) fn list_keys(schema: &Value) -> ListKeys {
 }
 
 /// The value at a path such as `spec.checks[0].name`.
-fn value_at<'a>(object: &'a Value, path: &str) -> Option<&'a Value> {
+pub(crate) fn value_at<'a>(object: &'a Value, path: &str) -> Option<&'a Value> {
     path.split('.')
         .filter(|part| !part.is_empty())
         .try_fold(object, |value, part| {

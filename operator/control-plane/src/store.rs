@@ -106,13 +106,20 @@ impl Disk {
     fn open(path: &Path) -> Result<Database, StoreError> {
         // Secrets lie in it: nobody but the owner may read it.
         let mut options = std::fs::OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600);
         let failed = |error: std::io::Error| StoreError(error.to_string());
         let file = options.open(path).map_err(failed)?;
         file.set_permissions(std::fs::Permissions::from_mode(0o600))
             .map_err(failed)?;
         let mut builder = Database::builder();
-        builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+        builder
+            .set_cache_size(CACHE_BYTES)
+            .set_check_integrity_on_open(true);
         Ok(builder.create_with_backend(redb::backends::FileBackend::new(file)?)?)
     }
 
@@ -136,7 +143,8 @@ impl Disk {
                 Ok(())
             }
             Err(error) => {
-                self.uncertain.extend(pending.iter().map(|change| change.key.clone()));
+                self.uncertain
+                    .extend(pending.iter().map(|change| change.key.clone()));
                 Err(error)
             }
         }
@@ -329,7 +337,8 @@ impl Store {
         } = transaction;
         if keep && !pending.is_empty() {
             if let Some(disk) = disk.as_mut() {
-                disk.write(&pending, revision, |key| self.get(key)).map_err(failed)?;
+                disk.write(&pending, revision, |key| self.get(key))
+                    .map_err(failed)?;
             }
             self.show(pending, revision);
         }

@@ -2,18 +2,29 @@
 
 use serde_json::{Value, json};
 
+use crate::json_path::{lookup, show};
 use crate::resource::{Column, Resource};
+
+/// What Kubernetes says of every name.
+const NAME: &str = "Name must be unique within a namespace. Is required when creating resources, although some resources may allow a client to request the generation of an appropriate name automatically. Name is primarily intended for creation idempotence and configuration definition. Cannot be updated. More info: https://kubernetes.io/docs/concepts/overview/working-with-objects/names#names";
 
 /// A table over `objects`.
 pub(crate) fn table(resource: &Resource, objects: &[&Value], metadata: Value, include_object: &str) -> Value {
-    let mut definitions = vec![json!({
-        "name": "Name", "type": "string", "format": "name", "priority": 0,
-        "description": "Name must be unique within a namespace.",
-    })];
+    let mut definitions = Vec::new();
+    if resource.name_first {
+        definitions.push(json!({
+            "name": "Name", "type": "string", "format": "name", "priority": 0,
+            "description": NAME,
+        }));
+    }
     definitions.extend(resource.columns.iter().map(|column| {
         json!({
             "name": column.name, "type": column.kind, "format": "", "priority": column.priority,
-            "description": column.description,
+            "description": if column.description.is_empty() && resource.custom {
+                format!("Custom resource definition column (in JSONPath format): {}", column.path)
+            } else {
+                column.description.clone()
+            },
         })
     }));
     let rows: Vec<Value> = objects
@@ -27,7 +38,12 @@ pub(crate) fn table(resource: &Resource, objects: &[&Value], metadata: Value, in
 }
 
 fn row(resource: &Resource, object: &Value, include_object: &str) -> Value {
-    let mut cells = vec![object.pointer("/metadata/name").cloned().unwrap_or_default()];
+    let name = object.pointer("/metadata/name").cloned().unwrap_or_default();
+    let mut cells = if resource.name_first {
+        vec![name]
+    } else {
+        Vec::new()
+    };
     cells.extend(resource.columns.iter().map(|column| cell(column, object)));
     let mut row = json!({"cells": cells});
     let attached = match include_object {
@@ -76,55 +92,34 @@ fn cell(column: &Column, object: &Value) -> Value {
         .find_map(|pointer| object.pointer(pointer).filter(|value| value.is_string())),
         path => lookup(object, path),
     };
-    match (column.kind.as_str(), value) {
-        (_, None) => Value::Null,
+    let Some(value) = value else { return Value::Null };
+    match column.kind.as_str() {
+        "string" => json!(show(value)),
+        "integer" => value
+            .as_i64()
+            .or_else(|| value.as_f64().map(|number| number as i64))
+            .map_or(Value::Null, |number| json!(number)),
+        "number" if value.is_number() => value.clone(),
+        "boolean" if value.is_boolean() => value.clone(),
         // kubectl shows a date cell as it comes, so the server says how long ago it was.
-        ("date", Some(Value::String(time))) => json!(age(time, jiff::Timestamp::now())),
-        ("integer" | "number" | "boolean", Some(value)) => value.clone(),
-        (_, Some(Value::String(text))) => json!(text),
-        (_, Some(value)) => json!(value.to_string()),
+        "date" => value
+            .as_str()
+            .map_or(Value::Null, |time| json!(age(time, jiff::Timestamp::now()))),
+        _ => Value::Null,
     }
-}
-
-/// The value at a JSONPath of the kind that printer columns use: fields, `[index]`, and
-/// `[?(@.key=='value')]` or `[?(@.key=="value")]`.
-pub(crate) fn lookup<'a>(object: &'a Value, path: &str) -> Option<&'a Value> {
-    let mut value = object;
-    let mut rest = path.trim_start_matches('$');
-    while !rest.is_empty() {
-        if let Some(after) = rest.strip_prefix("[?(@.") {
-            let (condition, after) = after.split_once(")]")?;
-            let (key, wanted) = condition.split_once("==")?;
-            let wanted = wanted.trim().trim_matches(['\'', '"']);
-            value = value
-                .as_array()?
-                .iter()
-                .find(|item| item.get(key.trim()).and_then(Value::as_str) == Some(wanted))?;
-            rest = after;
-        } else if let Some(after) = rest.strip_prefix('[') {
-            let (index, after) = after.split_once(']')?;
-            value = match index.parse::<usize>() {
-                Ok(index) => value.get(index)?,
-                Err(_) => value.get(index.trim_matches(['\'', '"']))?,
-            };
-            rest = after;
-        } else {
-            let after = rest.strip_prefix('.').unwrap_or(rest);
-            let end = after.find(['.', '[']).unwrap_or(after.len());
-            let (name, tail) = after.split_at(end);
-            value = value.get(name)?;
-            rest = tail;
-        }
-    }
-    Some(value)
 }
 
 /// How long ago, as kubectl writes it: `45s`, `3m20s`, `5h`, `2d`.
 pub(crate) fn age(time: &str, now: jiff::Timestamp) -> String {
     let Ok(then) = time.parse::<jiff::Timestamp>() else {
-        return "<unknown>".to_owned();
+        return "<invalid>".to_owned();
     };
-    let seconds = (now.as_second() - then.as_second()).max(0);
+    let seconds = now.as_second() - then.as_second();
+    // A clock that is a little behind is no error; one that is far behind shows.
+    if seconds < -1 {
+        return "<invalid>".to_owned();
+    }
+    let seconds = seconds.max(0);
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
     let with_rest = |whole: i64, unit: &str, rest: i64, rest_unit: &str| {
         if rest == 0 {
@@ -149,19 +144,35 @@ pub(crate) fn age(time: &str, now: jiff::Timestamp) -> String {
 mod tests {
     use super::*;
 
+    fn column(kind: &str, path: &str) -> Column {
+        Column {
+            name: "C".to_owned(),
+            kind: kind.to_owned(),
+            description: String::new(),
+            priority: 0,
+            path: path.to_owned(),
+        }
+    }
+
     #[test]
-    fn printer_paths_reach_conditions_and_items() {
-        let object =
-            json!({"status": {"conditions": [{"type": "Ready", "status": "True"}], "list": ["a", "b"]}});
-        assert_eq!(
-            lookup(&object, ".status.conditions[?(@.type=='Ready')].status"),
-            Some(&json!("True"))
-        );
-        assert_eq!(
-            lookup(&object, ".status.conditions[?(@.type==\"Nope\")].status"),
-            None
-        );
-        assert_eq!(lookup(&object, ".status.list[1]"), Some(&json!("b")));
+    fn a_cell_holds_what_its_column_promises_or_nothing() {
+        let object = json!({"a": {"text": "x", "whole": 3, "part": 2.5, "yes": true, "list": ["a", 1], "time": "not a time"}});
+        for (kind, path, cell_value) in [
+            ("string", ".a.text", json!("x")),
+            ("string", ".a.whole", json!("3")),
+            ("string", ".a.list", json!("[\"a\",1]")),
+            ("string", ".a.missing", Value::Null),
+            ("integer", ".a.whole", json!(3)),
+            ("integer", ".a.part", json!(2)),
+            ("integer", ".a.text", Value::Null),
+            ("number", ".a.part", json!(2.5)),
+            ("boolean", ".a.yes", json!(true)),
+            ("boolean", ".a.text", Value::Null),
+            ("date", ".a.time", json!("<invalid>")),
+            ("date", ".a.whole", Value::Null),
+        ] {
+            assert_eq!(cell(&column(kind, path), &object), cell_value, "{kind} at {path}");
+        }
     }
 
     #[test]
