@@ -62,7 +62,10 @@ impl Parameters {
             echo: false,
             sampling: SamplingCall {
                 temperature: fields.number("temperature", 0.0..=2.0)?,
-                top_p: fields.number("top_p", 0.0..=1.0)?,
+                // 0 leaves the likeliest token, as in OpenAI's API; to the engine it would mean "all".
+                top_p: fields
+                    .number("top_p", 0.0..=1.0)?
+                    .map(|share| share.max(f32::EPSILON)),
                 top_k: fields.integer("top_k", 0..=1_000_000)?,
                 min_p: fields.number("min_p", 0.0..=1.0)?,
                 repetition_penalty: fields.number("repetition_penalty", 0.01..=10.0)?,

@@ -160,6 +160,14 @@ async fn what_is_not_asked_for_is_left_to_the_engine() {
 }
 
 #[tokio::test]
+async fn no_probability_mass_still_leaves_the_likeliest_token() {
+    let (bus, worker) = Bus::start().await;
+    worker.reply(answer(1, &["x"], FinishReason::Stop));
+    bus.post(PATH, &with(&json!({"top_p": 0}))).await.ok();
+    assert_eq!(worker.only_call().sampling.top_p, Some(f32::EPSILON));
+}
+
+#[tokio::test]
 async fn messages_are_made_ready_for_a_template() {
     let (bus, worker) = Bus::start().await;
     worker.reply(answer(1, &["x"], FinishReason::Stop));
