@@ -54,9 +54,33 @@ pub enum InvalidModel {
     },
 }
 
+/// Longest text that an error or a fact quotes from a file.
+const QUOTED_CHARS: usize = 200;
+
+/// Text out of a file, made fit for people: control characters are escaped, the rest is cut.
+pub(crate) fn quote(text: &str) -> String {
+    let mut quoted: String = text
+        .chars()
+        .take(QUOTED_CHARS)
+        .flat_map(|c| {
+            if c.is_control() {
+                c.escape_default().collect::<Vec<_>>()
+            } else {
+                vec![c]
+            }
+        })
+        .collect();
+    if text.chars().nth(QUOTED_CHARS).is_some() {
+        quoted.push('…');
+    }
+    quoted
+}
+
 impl InvalidModel {
     pub(crate) fn missing(what: impl Into<String>) -> Self {
-        Self::Missing { what: what.into() }
+        Self::Missing {
+            what: quote(&what.into()),
+        }
     }
 
     pub(crate) fn unsupported(
@@ -65,8 +89,8 @@ impl InvalidModel {
         allowed: impl Into<String>,
     ) -> Self {
         Self::Unsupported {
-            what: what.into(),
-            found: found.to_string(),
+            what: quote(&what.into()),
+            found: quote(&found.to_string()),
             allowed: allowed.into(),
         }
     }
@@ -77,8 +101,8 @@ impl InvalidModel {
         allowed: impl Into<String>,
     ) -> Self {
         Self::Inconsistent {
-            what: what.into(),
-            found: found.to_string(),
+            what: quote(&what.into()),
+            found: quote(&found.to_string()),
             allowed: allowed.into(),
         }
     }

@@ -147,7 +147,7 @@ pub(crate) fn gguf_facts(file: &GgufFile) -> Result<ModelFacts, InvalidModel> {
     config.check_tensors(file)?;
     let text = |key: &str| {
         file.optional(key, Value::to_str)
-            .map(|text| text.map(str::to_owned))
+            .map(|text| text.map(crate::error::quote))
     };
     let tokens = file
         .value("tokenizer.ggml.tokens")?

@@ -16,6 +16,10 @@ use crate::gguf::GgufFile;
 const FUEL: u64 = 5_000_000;
 /// Longest rendering: 16 MiB of prompt exceed every context.
 const OUTPUT_LIMIT: usize = 16 << 20;
+/// Longest template: real ones stay below 30 KiB.
+const SOURCE_LIMIT: usize = 256 << 10;
+/// Deepest nesting of brackets in a template's source; the parser recurses.
+const NESTING_LIMIT: usize = 64;
 const NAME: &str = "chat";
 
 /// A compiled chat template.
@@ -46,6 +50,17 @@ impl ChatTemplate {
     /// # Errors
     /// What is wrong with it.
     pub fn new(source: String, bos: String, eos: String) -> Result<Self, String> {
+        if source.len() > SOURCE_LIMIT {
+            return Err(format!(
+                "it has {} bytes and at most {SOURCE_LIMIT} are allowed",
+                source.len()
+            ));
+        }
+        if nesting(&source) > NESTING_LIMIT {
+            return Err(format!(
+                "its brackets or blocks are nested more than {NESTING_LIMIT} deep"
+            ));
+        }
         let mut environment = Environment::new();
         // As transformers sets up Jinja, for which these templates are written.
         let syntax = SyntaxConfig::builder()
@@ -100,10 +115,34 @@ impl ChatTemplate {
     }
 }
 
+/// Deepest nesting that the source can have: brackets, blocks, and chains of prefix operators.
+fn nesting(source: &str) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    for byte in source.bytes() {
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    let blocks = ["{% if", "{%- if", "{% for", "{%- for"]
+        .iter()
+        .map(|open| source.matches(open).count())
+        .sum::<usize>();
+    let closed = source.matches("endif").count() + source.matches("endfor").count();
+    let prefixes = source.matches("not not not not").count()
+        + source.matches("- - - -").count()
+        + source.matches("----").count().saturating_sub(8);
+    deepest
+        .max(blocks.saturating_sub(closed))
+        .max(if prefixes > NESTING_LIMIT { prefixes } else { 0 })
+}
+
 fn describe(error: &minijinja::Error) -> String {
     match error.kind() {
         ErrorKind::OutOfFuel => "it takes too many steps (a loop without end?)".to_owned(),
-        _ => format!("{error}").replace('\n', " "),
+        _ => crate::error::quote(&error.to_string()),
     }
 }
 

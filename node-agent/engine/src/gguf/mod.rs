@@ -23,6 +23,9 @@ pub use value::{Strings, Value};
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// Larger alignments make no sense and would waste the file's space.
 const MAX_ALIGNMENT: u64 = 1 << 16;
+/// The largest models have a few thousand tensors and a few dozen metadata entries.
+const MAX_TENSORS: u64 = 1 << 16;
+const MAX_METADATA: u64 = 1 << 12;
 /// ggml's own limit of dimensions.
 const MAX_DIMENSIONS: u32 = 4;
 
@@ -177,8 +180,8 @@ fn read(bytes: &[u8]) -> Result<Contents, InvalidModel> {
         ));
     }
     // A directory entry takes at least 8 + 4 + 8 + 4 + 8 bytes, a metadata entry 8 + 4 + 1.
-    let tensor_count = reader.count("the number of tensors", 32)?;
-    let metadata_count = reader.count("the number of metadata entries", 13)?;
+    let tensor_count = reader.bounded_count("the number of tensors", 32, MAX_TENSORS)?;
+    let metadata_count = reader.bounded_count("the number of metadata entries", 13, MAX_METADATA)?;
     let mut metadata = BTreeMap::new();
     for _ in 0..metadata_count {
         let at = reader.offset();

@@ -9,6 +9,12 @@ pub(super) const MAX_NAME_BYTES: u64 = 1024;
 /// Longest single text: chat templates reach tens of KiB, nothing sound comes near this.
 const MAX_TEXT_BYTES: u64 = 16 << 20;
 
+/// Longest list: vocabularies and merges stay far below 4 million, and a byte in the file may become
+/// eight in memory.
+const MAX_LIST: u64 = 1 << 22;
+/// Text of one list together.
+const MAX_LIST_TEXT_BYTES: usize = 256 << 20;
+
 /// A place in the bytes of a file.
 pub(super) struct Reader<'a> {
     bytes: &'a [u8],
@@ -45,9 +51,9 @@ impl<'a> Reader<'a> {
         allowed: impl Into<String>,
     ) -> InvalidModel {
         InvalidModel::Malformed {
-            what: what.into(),
+            what: crate::error::quote(&what.into()),
             offset: at as u64,
-            found: found.to_string(),
+            found: crate::error::quote(&found.to_string()),
             allowed: allowed.into(),
         }
     }
@@ -88,6 +94,21 @@ impl<'a> Reader<'a> {
                 count,
                 format!("the rest of the file has room for {most}"),
             ));
+        }
+        Ok(count)
+    }
+
+    /// The same, with a bound of its own.
+    pub(super) fn bounded_count(
+        &mut self,
+        what: &str,
+        least_bytes: u64,
+        limit: u64,
+    ) -> Result<u64, InvalidModel> {
+        let at = self.at;
+        let count = self.count(what, least_bytes)?;
+        if count > limit {
+            return Err(self.malformed_at(at, what, count, format!("at most {limit} are allowed")));
         }
         Ok(count)
     }
@@ -163,13 +184,18 @@ impl<'a> Reader<'a> {
                 return Err(self.malformed(what, format!("a list of type {other}"), "types are 0 to 12"));
             }
         };
-        let count = self.count(what, least)?;
+        let count = self.bounded_count(what, least, MAX_LIST)?;
         if kind == TEXT {
-            let mut list = Strings::default();
+            let (mut list, mut bytes) = (Strings::default(), 0_usize);
             for _ in 0..count {
-                let text = self.text_bytes(what, MAX_TEXT_BYTES)?;
-                if !list.push(text) {
-                    return Err(self.malformed(what, "more than 4 GiB of text", "less"));
+                let text = self.text_bytes(what, MAX_NAME_BYTES * 64)?;
+                bytes += text.len();
+                if bytes > MAX_LIST_TEXT_BYTES || !list.push(text) {
+                    return Err(self.malformed(
+                        what,
+                        "more text than a list may hold",
+                        format!("at most {MAX_LIST_TEXT_BYTES} bytes are allowed"),
+                    ));
                 }
             }
             return Ok(Value::Strings(list));

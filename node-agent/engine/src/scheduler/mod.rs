@@ -19,7 +19,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 
 use tracing::{debug, error};
 
-use crate::engine::{Counters, FinishReason, GenerateEvent, Sink};
+use crate::engine::{Counters, FinishReason, Finished, GenerateEvent, Sink};
 use crate::kv::{BlockTable, KvCache, blocks_for};
 use crate::model::{Decoder, Row};
 use crate::tokenizer::Tokenizer;
@@ -119,17 +119,22 @@ impl Scheduler {
             self.counters.leave();
             sequence.finish(FinishReason::Cancelled);
         }
+        for job in std::mem::take(&mut self.waiting) {
+            self.counters.leave();
+            job.cancel();
+        }
     }
 
     fn drop_cancelled(&mut self) {
-        let counters = &self.counters;
-        self.waiting.retain(|job| {
-            let stays = !job.cancelled.load(Ordering::Relaxed);
-            if !stays {
-                counters.leave();
-            }
-            stays
-        });
+        let (gone, staying): (VecDeque<Job>, VecDeque<Job>) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|job| job.cancelled.load(Ordering::Relaxed));
+        self.waiting = staying;
+        for job in gone {
+            debug!(request = %job.id, "Dropped a cancelled request that waited");
+            self.counters.leave();
+            job.cancel();
+        }
         let (gone, staying): (Vec<Sequence>, Vec<Sequence>) = std::mem::take(&mut self.running)
             .into_iter()
             .partition(|s| s.cancelled.load(Ordering::Relaxed));
@@ -187,7 +192,7 @@ impl Scheduler {
                 finished.push((owner, reason));
             }
         }
-        self.counters.step(rows.len() - generated, generated);
+        self.counters.step(PROMPT_ROWS_PER_STEP - budget, generated);
         for (owner, reason) in finished.into_iter().rev() {
             let mut sequence = self.running.remove(owner);
             self.cache.release(&mut sequence.table);
@@ -204,5 +209,17 @@ impl Job {
         let _ = (self.sink)(GenerateEvent::Started {
             prompt_tokens: self.prompt.len(),
         });
+    }
+
+    /// Tells the caller that it ended before it began.
+    fn cancel(mut self) {
+        let waited = self.arrived.elapsed().as_millis();
+        let _ = (self.sink)(GenerateEvent::Finished(Finished {
+            reason: FinishReason::Cancelled,
+            prompt_tokens: self.prompt.len(),
+            completion_tokens: 0,
+            time_to_first_token_ms: None,
+            duration_ms: u64::try_from(waited).unwrap_or(u64::MAX),
+        }));
     }
 }

