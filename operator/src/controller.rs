@@ -174,11 +174,13 @@ fn failure_key<C: Controller>(object: &C::Object) -> String {
     )
 }
 
-fn log<C: Controller>(outcome: Result<(ObjectRef<C::Object>, Action), Error<ReconcileObject, Infallible>>) {
+type Reconciled<K> = Result<(ObjectRef<K>, Action), Error<ReconcileObject, Infallible>>;
+
+fn log<C: Controller>(outcome: Reconciled<C::Object>) {
     match outcome {
         Ok(_) => {}
         Err(Error::ReconcilerFailed(error, _)) => {
-            warn!(kind = C::KIND, %error, "Failed to reconcile; trying again")
+            warn!(kind = C::KIND, %error, "Failed to reconcile; trying again");
         }
         // Deleted since it was put into the queue.
         Err(Error::ObjectNotFound(object)) => debug!(kind = C::KIND, %object, "Object is gone"),

@@ -154,7 +154,7 @@ impl Candidate {
                 }
                 Ok(Err(Renew::Lost(lost))) => return lost,
                 Ok(Err(Renew::Failed(error))) => {
-                    warn!(%error, "Failed to renew the leader's Lease; trying again")
+                    warn!(%error, "Failed to renew the leader's Lease; trying again");
                 }
                 Err(_) => {}
             }

@@ -1,4 +1,9 @@
 //! Who leads, who stands by, and how an operator ends.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, its helpers too"
+)]
 
 mod common;
 

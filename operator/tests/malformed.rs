@@ -1,4 +1,9 @@
 //! Objects that do not read as their kind, beside objects that do.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, its helpers too"
+)]
 
 mod common;
 

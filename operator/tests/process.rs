@@ -1,4 +1,9 @@
 //! The binary, as a cluster runs it: over TLS with a kubeconfig, stopped by SIGTERM.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, its helpers too"
+)]
 
 mod common;
 
@@ -59,6 +64,12 @@ async fn the_binary_works_over_tls_and_ends_cleanly() {
     let mut process = Killed(process);
     world.deploy("chat").await;
     world.until_ready("chat").await;
+    let applied = Instant::now();
+    world.deploy("second").await;
+    world.until_ready("second").await;
+    let took = applied.elapsed();
+    eprintln!("apply to Ready, with an agent that is ready at once: {took:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
     let lease = world.leases().get("freehold-operator").await.unwrap();
     let holder = lease.spec.unwrap().holder_identity.unwrap();
     assert!(holder.starts_with("binary-"), "{holder}");

@@ -1,4 +1,9 @@
 //! From what people write to what machines do, and back.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, its helpers too"
+)]
 
 mod common;
 
@@ -462,4 +467,26 @@ async fn a_fleet_of_many_settles_with_few_writes_each() {
         settled.len(),
         "and then nothing more"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_api_refuses_is_tried_again_with_growing_pauses() {
+    let world = World::new();
+    let _agent = world.agent("pi");
+    let operator = world.operator().await;
+    world
+        .until(&world.nodes(), "pi", "was heard", |node| {
+            common::node_condition(node, "Reachable").as_deref() == Some("True")
+        })
+        .await;
+    let_pass(60).await;
+    operator.line.refuse_writes(true);
+    let before = operator.line.writes().len();
+    world.deploy("chat").await;
+    let_pass(600).await;
+    let tries = operator.line.writes().len() - before;
+    // A spec and a status, each after 1, 2, 4 … 60 s, halved by jitter at most.
+    assert!((16..=60).contains(&tries), "{tries} tries in ten minutes");
+    operator.line.refuse_writes(false);
+    world.until_ready("chat").await;
 }

@@ -1,4 +1,9 @@
 //! Machines that fall silent, alone and together, and an operator that hears nobody.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, its helpers too"
+)]
 
 mod common;
 

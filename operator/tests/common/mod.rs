@@ -76,6 +76,7 @@ impl World {
             api: self.control_plane.service(),
             writes: Arc::default(),
             cut: Arc::default(),
+            refusing: Arc::default(),
         }
     }
 
@@ -244,6 +245,7 @@ pub struct Line {
     api: ApiService,
     writes: Arc<Mutex<Vec<String>>>,
     cut: Arc<AtomicBool>,
+    refusing: Arc<AtomicBool>,
 }
 
 impl Line {
@@ -254,6 +256,11 @@ impl Line {
     /// From now on nothing comes through, watches under way included.
     pub fn cut(&self, cut: bool) {
         self.cut.store(cut, Ordering::SeqCst);
+    }
+
+    /// From now on writes are counted and refused; reads and watches go on.
+    pub fn refuse_writes(&self, refuse: bool) {
+        self.refusing.store(refuse, Ordering::SeqCst);
     }
 
     /// What was written so far, events and the leader's Lease aside, as `METHOD path`.
@@ -289,6 +296,11 @@ impl tower::Service<http::Request<Body>> for Line {
         if request.method() != http::Method::GET {
             let write = format!("{} {}", request.method(), request.uri().path());
             self.writes.lock().unwrap().push(write);
+            if self.refusing.load(Ordering::SeqCst) {
+                let mut response = http::Response::new(axum::body::Body::from("no room on the disk"));
+                *response.status_mut() = http::StatusCode::INTERNAL_SERVER_ERROR;
+                return Box::pin(async { Ok(response) });
+            }
         }
         let answer = self.api.call(request);
         let cut = Arc::clone(&self.cut);
@@ -451,11 +463,7 @@ async fn answer(
         }
         let instances = {
             let script = script.lock().unwrap();
-            node.spec
-                .assignments
-                .iter()
-                .map(|assignment| script(assignment))
-                .collect()
+            node.spec.assignments.iter().map(&**script).collect()
         };
         let status = InferenceNodeStatus {
             observed_generation: node.metadata.generation,
