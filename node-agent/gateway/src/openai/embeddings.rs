@@ -2,7 +2,8 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 
 use super::fields::{Fields, tokens, type_of, wrong_type};
 use crate::error::ApiError;
@@ -127,27 +128,62 @@ fn text_input(path: &str, text: String) -> Result<EmbedInput, ApiError> {
     Ok(EmbedInput::Text(text))
 }
 
-/// The answer.
-pub(crate) fn answer(model: &str, reply: &EmbedReply, encoding: Encoding) -> Value {
-    let data: Vec<Value> = reply
-        .vectors
-        .iter()
-        .enumerate()
-        .map(|(index, vector)| {
-            let embedding = match encoding {
-                Encoding::Float => json!(vector),
-                Encoding::Base64 => {
-                    let bytes: Vec<u8> = vector.iter().flat_map(|number| number.to_le_bytes()).collect();
-                    Value::String(STANDARD.encode(bytes))
-                }
-            };
-            json!({"object": "embedding", "index": index, "embedding": embedding})
-        })
-        .collect();
-    json!({
-        "object": "list",
-        "data": data,
-        "model": model,
-        "usage": {"prompt_tokens": reply.prompt_tokens, "total_tokens": reply.prompt_tokens},
-    })
+/// The answer, written as it is: a vector as a JSON value would take six times its memory, and print
+/// its 32-bit numbers with the noise of 64.
+#[derive(Debug, Serialize)]
+pub(crate) struct Embeddings<'a> {
+    object: &'static str,
+    data: Vec<Embedding<'a>>,
+    model: &'a str,
+    usage: EmbeddingsUsage,
+}
+
+#[derive(Debug, Serialize)]
+struct Embedding<'a> {
+    object: &'static str,
+    index: usize,
+    embedding: Vector<'a>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Vector<'a> {
+    Numbers(&'a [f32]),
+    Base64(String),
+}
+
+#[derive(Debug, Serialize)]
+struct EmbeddingsUsage {
+    prompt_tokens: u32,
+    total_tokens: u32,
+}
+
+impl<'a> Embeddings<'a> {
+    pub(crate) fn new(model: &'a str, reply: &'a EmbedReply, encoding: Encoding) -> Self {
+        let embedding = |vector: &'a Vec<f32>| match encoding {
+            Encoding::Float => Vector::Numbers(vector),
+            Encoding::Base64 => {
+                let bytes: Vec<u8> = vector.iter().flat_map(|number| number.to_le_bytes()).collect();
+                Vector::Base64(STANDARD.encode(bytes))
+            }
+        };
+        Self {
+            object: "list",
+            data: reply
+                .vectors
+                .iter()
+                .enumerate()
+                .map(|(index, vector)| Embedding {
+                    object: "embedding",
+                    index,
+                    embedding: embedding(vector),
+                })
+                .collect(),
+            model,
+            usage: EmbeddingsUsage {
+                prompt_tokens: reply.prompt_tokens,
+                total_tokens: reply.prompt_tokens,
+            },
+        }
+    }
 }

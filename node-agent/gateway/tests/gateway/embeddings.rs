@@ -48,6 +48,19 @@ async fn answers_numbers_in_openai_shape() {
 }
 
 #[tokio::test]
+async fn numbers_are_printed_as_32_bits_need_them() {
+    let (bus, worker) = Bus::start().await;
+    worker.embed_with(|_| {
+        Ok(EmbedReply {
+            vectors: vec![vec![0.1]],
+            prompt_tokens: 1,
+        })
+    });
+    let answer = bus.post(PATH, &json!({"model": "chat", "input": "a"})).await;
+    assert!(answer.text().contains("[0.1]"), "{}", answer.text());
+}
+
+#[tokio::test]
 async fn answers_base64_of_little_endian_floats() {
     let (bus, worker) = Bus::start().await;
     embeds(&worker);
