@@ -490,16 +490,12 @@ impl Engine {
                 tokens.clone()
             }
             Prompt::Chat { messages, tools } => {
-                let text = self.render_chat(messages, tools.as_ref())?;
+                let mut messages = messages.clone();
+                guard_texts(tokenizer, &mut messages);
+                let text = self.render_chat(&messages, tools.as_ref())?;
                 // The template writes the beginning itself, where the model wants one.
                 let begins = !tokenizer.bos_text().is_empty() && text.starts_with(&tokenizer.bos_text());
-                tokenizer.encode(
-                    &text,
-                    Special {
-                        add: !begins,
-                        parse: true,
-                    },
-                )
+                tokenizer.encode_guarded(&text, !begins)
             }
         })
     }
@@ -648,6 +644,18 @@ impl Engine {
     #[must_use]
     pub fn kind(&self) -> ModelKind {
         self.inner.facts.kind
+    }
+}
+
+/// Guards every text of a conversation, so that nobody can write a turn of somebody else's.
+fn guard_texts(tokenizer: &Tokenizer, value: &mut Value) {
+    match value {
+        Value::String(text) => *text = tokenizer.guard(text),
+        Value::Array(items) => items.iter_mut().for_each(|item| guard_texts(tokenizer, item)),
+        Value::Object(fields) => fields
+            .values_mut()
+            .for_each(|field| guard_texts(tokenizer, field)),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
     }
 }
 

@@ -43,8 +43,15 @@ pub(super) async fn download(
     if target.bytes > 0 {
         request = request.header(RANGE, format!("bytes={}-", target.bytes));
     }
-    let broken = |detail: String, bytes_done: u64| FetchModel::Transfer { source_name: remote.name(), detail, bytes_done };
-    let response = request.send().await.map_err(|error| broken(explain(&error), target.bytes))?;
+    let broken = |detail: String, bytes_done: u64| FetchModel::Transfer {
+        source_name: remote.name(),
+        detail,
+        bytes_done,
+    };
+    let response = request
+        .send()
+        .await
+        .map_err(|error| broken(explain(&error), target.bytes))?;
     let status = response.status();
     let bytes_total = match status {
         StatusCode::OK => {
@@ -62,11 +69,19 @@ pub(super) async fn download(
                 return finish(layout, remote, &partial, target);
             }
             target.restart(&partial)?;
-            return Err(broken("the server cannot resume where we stopped; starting anew".to_owned(), 0));
+            return Err(broken(
+                "the server cannot resume where we stopped; starting anew".to_owned(),
+                0,
+            ));
         }
         other => return Err(refused(remote, other)),
     };
-    check_disk(layout.root(), options, remote, bytes_total.saturating_sub(target.bytes))?;
+    check_disk(
+        layout.root(),
+        options,
+        remote,
+        bytes_total.saturating_sub(target.bytes),
+    )?;
 
     let started = Instant::now();
     let (start_bytes, mut reported, mut checked) = (target.bytes, None::<Instant>, target.bytes);
@@ -75,17 +90,28 @@ pub(super) async fn download(
         let chunk = chunk.map_err(|error| broken(explain(&error), target.bytes))?;
         if target.bytes - checked >= DISK_CHECK_BYTES {
             checked = target.bytes;
-            check_disk(layout.root(), options, remote, bytes_total.saturating_sub(target.bytes))?;
+            check_disk(
+                layout.root(),
+                options,
+                remote,
+                bytes_total.saturating_sub(target.bytes),
+            )?;
         }
         target.write(&partial, &chunk)?;
         if reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
             reported = Some(Instant::now());
             let progress = progress(start_bytes, target.bytes, bytes_total, started.elapsed());
-            state.send_replace(FetchState { verifying: false, progress });
+            state.send_replace(FetchState {
+                verifying: false,
+                progress,
+            });
         }
     }
     if bytes_total > 0 && target.bytes < bytes_total {
-        return Err(broken(format!("the transfer ended after {} of {bytes_total} bytes", target.bytes), target.bytes));
+        return Err(broken(
+            format!("the transfer ended after {} of {bytes_total} bytes", target.bytes),
+            target.bytes,
+        ));
     }
     info!(source = %remote.name(), bytes = target.bytes, seconds = started.elapsed().as_secs_f64(), "Fetched model");
     finish(layout, remote, &partial, target)
@@ -108,18 +134,26 @@ impl Target {
             let hasher = hash_reader(&file, |_| ())?;
             Ok(Self { file, hasher, bytes })
         });
-        opened.await.map_err(std::io::Error::other).flatten().map_err(|error| write_error(partial, &error))
+        opened
+            .await
+            .map_err(std::io::Error::other)
+            .flatten()
+            .map_err(|error| write_error(partial, &error))
     }
 
     fn restart(&mut self, partial: &Path) -> Result<(), FetchModel> {
-        self.file.set_len(0).map_err(|error| write_error(partial, &error))?;
+        self.file
+            .set_len(0)
+            .map_err(|error| write_error(partial, &error))?;
         self.hasher = Sha256::new();
         self.bytes = 0;
         Ok(())
     }
 
     fn write(&mut self, partial: &Path, chunk: &[u8]) -> Result<(), FetchModel> {
-        self.file.write_all(chunk).map_err(|error| write_error(partial, &error))?;
+        self.file
+            .write_all(chunk)
+            .map_err(|error| write_error(partial, &error))?;
         self.hasher.update(chunk);
         self.bytes += chunk.len() as u64;
         Ok(())
@@ -133,21 +167,38 @@ fn finish(layout: &Layout, remote: &Remote, partial: &Path, target: Target) -> R
         && *expected != found
     {
         std::fs::remove_file(partial).map_err(|error| write_error(partial, &error))?;
-        return Err(FetchModel::DigestMismatch { source_name: remote.name(), found, expected: expected.clone() });
+        return Err(FetchModel::DigestMismatch {
+            source_name: remote.name(),
+            found,
+            expected: expected.clone(),
+        });
     }
     let blob = layout.blob(&found);
-    let moved = target.file.sync_all().and_then(|()| std::fs::rename(partial, &blob));
+    let moved = target
+        .file
+        .sync_all()
+        .and_then(|()| std::fs::rename(partial, &blob));
     moved.map_err(|error| write_error(&blob, &error))?;
     layout.remember(remote, &found)?;
     Ok(found)
 }
 
 fn write_error(path: &Path, error: &std::io::Error) -> FetchModel {
-    FetchModel::WriteStore { path: path.to_owned(), detail: error.to_string() }
+    FetchModel::WriteStore {
+        path: path.to_owned(),
+        detail: error.to_string(),
+    }
 }
 
-fn check_disk(root: &Path, options: &StoreOptions, remote: &Remote, needed_bytes: u64) -> Result<(), FetchModel> {
-    let Ok(stat) = rustix::fs::statvfs(root) else { return Ok(()) };
+fn check_disk(
+    root: &Path,
+    options: &StoreOptions,
+    remote: &Remote,
+    needed_bytes: u64,
+) -> Result<(), FetchModel> {
+    let Ok(stat) = rustix::fs::statvfs(root) else {
+        return Ok(());
+    };
     let free_bytes = stat.f_bavail.saturating_mul(stat.f_frsize);
     if needed_bytes.saturating_add(options.reserve_bytes) <= free_bytes {
         return Ok(());
@@ -164,7 +215,11 @@ fn progress(start_bytes: u64, bytes_done: u64, bytes_total: u64, elapsed: Durati
     let per_second = (bytes_done - start_bytes) as f64 / elapsed.as_secs_f64().max(1e-3);
     let seconds_left = (bytes_total > bytes_done && per_second > 0.0)
         .then(|| ((bytes_total - bytes_done) as f64 / per_second).ceil() as u64);
-    FetchProgress { bytes_done, bytes_total, seconds_left }
+    FetchProgress {
+        bytes_done,
+        bytes_total,
+        seconds_left,
+    }
 }
 
 /// First byte of a `Content-Range: bytes 5-9/10`.
@@ -175,18 +230,34 @@ fn range_start(response: &reqwest::Response) -> Option<u64> {
 
 /// Length in a `Content-Range: bytes */10`.
 fn complete_length(response: &reqwest::Response) -> Option<u64> {
-    response.headers().get(CONTENT_RANGE)?.to_str().ok()?.rsplit('/').next()?.parse().ok()
+    response
+        .headers()
+        .get(CONTENT_RANGE)?
+        .to_str()
+        .ok()?
+        .rsplit('/')
+        .next()?
+        .parse()
+        .ok()
 }
 
 fn refused(remote: &Remote, status: StatusCode) -> FetchModel {
     let (advice, permanent) = match status.as_u16() {
-        401 | 403 => ("the file needs a credential that the agent does not have (HF_TOKEN for the hub)", true),
+        401 | 403 => (
+            "the file needs a credential that the agent does not have (HF_TOKEN for the hub)",
+            true,
+        ),
         404 | 410 => ("check the address, the revision and the file name", true),
         429 => ("the server asks for patience; tried again later", false),
         500..=599 => ("the server is in trouble; tried again later", false),
         _ => ("check the address", true),
     };
-    FetchModel::Refused { source_name: remote.name(), status: status.as_u16(), advice, permanent }
+    FetchModel::Refused {
+        source_name: remote.name(),
+        status: status.as_u16(),
+        advice,
+        permanent,
+    }
 }
 
 /// The innermost cause, which is the one that tells (`connection refused`, `timed out` …). Never the
@@ -196,5 +267,9 @@ fn explain(error: &reqwest::Error) -> String {
     while let Some(next) = cause.source() {
         cause = next;
     }
-    if error.is_timeout() { "timed out".to_owned() } else { cause.to_string() }
+    if error.is_timeout() {
+        "timed out".to_owned()
+    } else {
+        cause.to_string()
+    }
 }

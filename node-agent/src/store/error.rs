@@ -8,7 +8,9 @@ use freehold_crds::conditions::reason;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenStore {
     /// The folder is not there and cannot be made.
-    #[error("failed to create the model store at {path:?}; give the agent a data folder that it may write (--data-dir)")]
+    #[error(
+        "failed to create the model store at {path:?}; give the agent a data folder that it may write (--data-dir)"
+    )]
     CreateFolder {
         /// The folder.
         path: PathBuf,
@@ -44,7 +46,9 @@ pub enum FetchModel {
         allowed: &'static str,
     },
     /// No such file on this machine.
-    #[error("failed to read {path:?} on this machine: {detail}; spec.model.path must name a GGUF file, or a folder with model.safetensors, that the agent may read")]
+    #[error(
+        "failed to read {path:?} on this machine: {detail}; spec.model.path must name a GGUF file, or a folder with model.safetensors, that the agent may read"
+    )]
     ReadPath {
         /// The path.
         path: PathBuf,
@@ -52,7 +56,9 @@ pub enum FetchModel {
         detail: String,
     },
     /// The server cannot be reached or broke off.
-    #[error("failed to fetch {source_name}: {detail}; {bytes_done} bytes are kept and the fetch goes on from there")]
+    #[error(
+        "failed to fetch {source_name}: {detail}; {bytes_done} bytes are kept and the fetch goes on from there"
+    )]
     Transfer {
         /// The source without its query.
         source_name: String,
@@ -74,7 +80,9 @@ pub enum FetchModel {
         permanent: bool,
     },
     /// The bytes are not the ones that were promised.
-    #[error("{source_name} has sha256 {found}, spec.model.sha256 asks for {expected}; nothing was kept: check where the file comes from, or correct the digest")]
+    #[error(
+        "{source_name} has sha256 {found}, spec.model.sha256 asks for {expected}; nothing was kept: check where the file comes from, or correct the digest"
+    )]
     DigestMismatch {
         /// The source.
         source_name: String,
@@ -84,7 +92,9 @@ pub enum FetchModel {
         expected: String,
     },
     /// There is no room.
-    #[error("{source_name} needs {needed_bytes} bytes on the model store's disk and {free_bytes} are free ({reserve_bytes} stay reserved); remove models that are not used, or move the store (--data-dir)")]
+    #[error(
+        "{source_name} needs {needed_bytes} bytes on the model store's disk and {free_bytes} are free ({reserve_bytes} stay reserved); remove models that are not used, or move the store (--data-dir)"
+    )]
     DiskFull {
         /// The source.
         source_name: String,
@@ -126,9 +136,10 @@ impl FetchModel {
         match self {
             Self::NotSupported { .. } => reason::NOT_SUPPORTED,
             Self::InvalidSource { .. } => reason::INVALID_SPEC,
-            Self::ReadPath { .. } | Self::Transfer { .. } | Self::Refused { .. } | Self::Interrupted { .. } => {
-                reason::FETCH_FAILED
-            }
+            Self::ReadPath { .. }
+            | Self::Transfer { .. }
+            | Self::Refused { .. }
+            | Self::Interrupted { .. } => reason::FETCH_FAILED,
             Self::DigestMismatch { .. } => reason::DIGEST_MISMATCH,
             Self::DiskFull { .. } | Self::WriteStore { .. } => reason::DISK_FULL,
             Self::InvalidModel { .. } => reason::INVALID_MODEL,

@@ -8,9 +8,16 @@ use freehold_engine::inspect::{KvType, ModelKind, inspect};
 use super::FetchModel;
 
 /// Reads and checks the model at `path`. Hostile files are refused in bounded time and memory.
-pub(super) async fn read(path: &Path, sha256: Option<String>, verified: bool) -> Result<ModelFacts, FetchModel> {
+pub(super) async fn read(
+    path: &Path,
+    sha256: Option<String>,
+    verified: bool,
+) -> Result<ModelFacts, FetchModel> {
     let owned = path.to_owned();
-    let invalid = |detail: String| FetchModel::InvalidModel { path: path.to_owned(), detail };
+    let invalid = |detail: String| FetchModel::InvalidModel {
+        path: path.to_owned(),
+        detail,
+    };
     let facts = tokio::task::spawn_blocking(move || inspect(&owned))
         .await
         .map_err(|error| invalid(error.to_string()))?

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use freehold_crds::model_deployment::ModelSource;
 use serde::{Deserialize, Serialize};
@@ -56,12 +57,23 @@ impl Source {
             return Ok(Self::Path { path, expected });
         }
         if let Some(url) = &spec.url {
-            return Ok(Self::Remote(Remote { url: parse_url("spec.model.url", url)?, token: None, expected }));
+            return Ok(Self::Remote(Remote {
+                url: parse_url("spec.model.url", url)?,
+                token: None,
+                expected,
+            }));
         }
         if let Some(hub) = &spec.hugging_face {
             let own = hub.endpoint.is_some();
-            let endpoint = hub.endpoint.as_deref().unwrap_or(&options.hub_endpoint).trim_end_matches('/');
-            let text = format!("{endpoint}/{}/resolve/{}/{}", hub.repository, hub.revision, hub.file);
+            let endpoint = hub
+                .endpoint
+                .as_deref()
+                .unwrap_or(&options.hub_endpoint)
+                .trim_end_matches('/');
+            let text = format!(
+                "{endpoint}/{}/resolve/{}/{}",
+                hub.repository, hub.revision, hub.file
+            );
             let url = parse_url("spec.model.huggingFace", &text)?;
             // The machine's token goes to the machine's own hub, never to an address that a spec names.
             let token = if own { None } else { options.hub_token.clone() };
@@ -128,7 +140,11 @@ fn parse_url(field: &'static str, text: &str) -> Result<reqwest::Url, FetchModel
         allowed: "it must be an http:// or https:// address",
     };
     let url = reqwest::Url::parse(text).map_err(|_| invalid())?;
-    if matches!(url.scheme(), "http" | "https") && url.has_host() { Ok(url) } else { Err(invalid()) }
+    if matches!(url.scheme(), "http" | "https") && url.has_host() {
+        Ok(url)
+    } else {
+        Err(invalid())
+    }
 }
 
 /// The folders of the store.
@@ -184,7 +200,10 @@ impl Layout {
 
     /// Remembers which digest an address had.
     pub(super) fn remember(&self, remote: &Remote, sha256: &str) -> Result<(), FetchModel> {
-        let record = SourceRecord { url: remote.name(), sha256: sha256.to_owned() };
+        let record = SourceRecord {
+            url: remote.name(),
+            sha256: sha256.to_owned(),
+        };
         let path = self.record(remote);
         let text = serde_json::to_vec(&record).unwrap_or_default();
         write_atomically(&path, &text)
@@ -202,9 +221,12 @@ impl Layout {
         }
         let mut removed = Vec::new();
         for folder in ["blobs", "partial", "sources"] {
-            let Ok(entries) = fs::read_dir(self.root.join(folder)) else { continue };
+            let Ok(entries) = fs::read_dir(self.root.join(folder)) else {
+                continue;
+            };
             for path in entries.flatten().map(|entry| entry.path()) {
-                if !keep.contains(&path) && fs::remove_file(&path).is_ok() && folder == "blobs" {
+                let unused = !keep.contains(&path) && !is_young(&path);
+                if unused && fs::remove_file(&path).is_ok() && folder == "blobs" {
                     removed.push(path);
                 }
             }
@@ -213,9 +235,22 @@ impl Layout {
     }
 }
 
+/// A file that came within this time is kept even if nothing wants it yet: it may have been put here for
+/// a deployment that is about to be applied.
+const YOUNG: Duration = Duration::from_secs(3600);
+
+fn is_young(path: &Path) -> bool {
+    let modified = fs::metadata(path).and_then(|metadata| metadata.modified());
+    // A time in the future (a clock that was set back) counts as young.
+    modified.is_ok_and(|modified| modified.elapsed().map_or(true, |age| age < YOUNG))
+}
+
 /// Writes a small file so that a crash leaves either the old or the new one.
 pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FetchModel> {
-    let error = |detail: std::io::Error| FetchModel::WriteStore { path: path.to_owned(), detail: detail.to_string() };
+    let error = |detail: std::io::Error| FetchModel::WriteStore {
+        path: path.to_owned(),
+        detail: detail.to_string(),
+    };
     let temporary = path.with_extension(format!("tmp-{}", uuid::Uuid::new_v4().simple()));
     fs::write(&temporary, bytes).map_err(error)?;
     fs::rename(&temporary, path).map_err(error)

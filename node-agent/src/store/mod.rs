@@ -43,7 +43,11 @@ pub struct StoreOptions {
 impl Default for StoreOptions {
     fn default() -> Self {
         // 256 MiB: enough for logs and the agent's own files on a full disk.
-        Self { hub_endpoint: "https://huggingface.co".to_owned(), hub_token: None, reserve_bytes: 256 << 20 }
+        Self {
+            hub_endpoint: "https://huggingface.co".to_owned(),
+            hub_token: None,
+            reserve_bytes: 256 << 20,
+        }
     }
 }
 
@@ -107,8 +111,17 @@ impl ModelStore {
             .connect_timeout(download::CONNECT_TIMEOUT)
             .read_timeout(download::READ_TIMEOUT)
             .build()
-            .map_err(|error| OpenStore::BuildClient { detail: error.to_string() })?;
-        Ok(Self { shared: Arc::new(Shared { layout, options, client, in_flight: Mutex::default() }) })
+            .map_err(|error| OpenStore::BuildClient {
+                detail: error.to_string(),
+            })?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                layout,
+                options,
+                client,
+                in_flight: Mutex::default(),
+            }),
+        })
     }
 
     /// The folder of the store.
@@ -154,8 +167,10 @@ impl ModelStore {
 
     /// Removes stored files that none of `sources` uses. Files of `path` sources are never touched.
     pub fn retain(&self, sources: &[&ModelSource]) {
-        let wanted: Vec<Source> =
-            sources.iter().filter_map(|source| Source::from_spec(source, &self.shared.options).ok()).collect();
+        let wanted: Vec<Source> = sources
+            .iter()
+            .filter_map(|source| Source::from_spec(source, &self.shared.options).ok())
+            .collect();
         for removed in self.shared.layout.retain(&wanted) {
             info!(path = %removed.display(), "Removed unused model file");
         }
@@ -167,20 +182,39 @@ impl ModelStore {
     /// # Errors
     /// [`FetchModel::DigestMismatch`], leaving the file where it is, or what the disk said.
     pub async fn import(&self, file: &Path, sha256: &str) -> Result<PathBuf, FetchModel> {
-        let unreadable = |error: std::io::Error| FetchModel::ReadPath { path: file.to_owned(), detail: error.to_string() };
+        let unreadable = |error: std::io::Error| FetchModel::ReadPath {
+            path: file.to_owned(),
+            detail: error.to_string(),
+        };
         let bytes = std::fs::metadata(file).map_err(unreadable)?.len();
         let (state, _) = watch::channel(FetchState::default());
-        let found = verify::hash_file(file.to_owned(), bytes, state).await.map_err(unreadable)?;
+        let found = verify::hash_file(file.to_owned(), bytes, state)
+            .await
+            .map_err(unreadable)?;
         if found != sha256 {
             let (source_name, expected) = (file.display().to_string(), sha256.to_owned());
-            return Err(FetchModel::DigestMismatch { source_name, found, expected });
+            return Err(FetchModel::DigestMismatch {
+                source_name,
+                found,
+                expected,
+            });
         }
         let blob = self.shared.layout.blob(&found);
         if std::fs::rename(file, &blob).is_err() {
             let staged = self.directory().join("partial").join(format!("{found}.import"));
             let copied = std::fs::copy(file, &staged).and_then(|_| std::fs::rename(&staged, &blob));
-            copied.map_err(|error| FetchModel::WriteStore { path: blob.clone(), detail: error.to_string() })?;
+            copied.map_err(|error| FetchModel::WriteStore {
+                path: blob.clone(),
+                detail: error.to_string(),
+            })?;
         }
+        // From now on it is young, whatever the file's own time was.
+        let stamped =
+            std::fs::File::open(&blob).and_then(|file| file.set_modified(std::time::SystemTime::now()));
+        stamped.map_err(|error| FetchModel::WriteStore {
+            path: blob.clone(),
+            detail: error.to_string(),
+        })?;
         Ok(blob)
     }
 
@@ -192,8 +226,11 @@ impl ModelStore {
     }
 
     fn join_or_start(&self, source: &Source) -> Arc<InFlight> {
-        let mut in_flight =
-            self.shared.in_flight.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut in_flight = self
+            .shared
+            .in_flight
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         in_flight.retain(|_, flight| flight.strong_count() > 0);
         let key = source.flight_key();
         if let Some(flight) = in_flight.get(&key).and_then(Weak::upgrade)
@@ -234,7 +271,8 @@ async fn fetch(
             Some((path, digest)) => (path, Some(digest)),
             None => {
                 let digest =
-                    download::download(&shared.client, &shared.layout, &shared.options, remote, state).await?;
+                    download::download(&shared.client, &shared.layout, &shared.options, remote, state)
+                        .await?;
                 (shared.layout.blob(&digest), Some(digest))
             }
         },

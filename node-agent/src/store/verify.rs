@@ -31,9 +31,16 @@ pub(super) async fn local_path(
     expected: Option<&str>,
     state: &watch::Sender<FetchState>,
 ) -> Result<Option<String>, FetchModel> {
-    let unreadable = |error: std::io::Error| FetchModel::ReadPath { path: path.to_owned(), detail: error.to_string() };
+    let unreadable = |error: std::io::Error| FetchModel::ReadPath {
+        path: path.to_owned(),
+        detail: error.to_string(),
+    };
     let metadata = std::fs::metadata(path).map_err(unreadable)?;
-    let file = if metadata.is_dir() { path.join("model.safetensors") } else { path.to_owned() };
+    let file = if metadata.is_dir() {
+        path.join("model.safetensors")
+    } else {
+        path.to_owned()
+    };
     let metadata = std::fs::metadata(&file).map_err(unreadable)?;
     let Some(expected) = expected else {
         File::open(&file).map_err(unreadable)?;
@@ -43,7 +50,9 @@ pub(super) async fn local_path(
     let found = match cached(&cache, &metadata) {
         Some(digest) => digest,
         None => {
-            let digest = hash_file(file.clone(), metadata.len(), state.clone()).await.map_err(unreadable)?;
+            let digest = hash_file(file.clone(), metadata.len(), state.clone())
+                .await
+                .map_err(unreadable)?;
             remember(&cache, &metadata, &digest)?;
             digest
         }
@@ -66,8 +75,15 @@ pub(super) async fn hash_file(
 ) -> std::io::Result<String> {
     let hashed = tokio::task::spawn_blocking(move || {
         hash_reader(File::open(file)?, |bytes_done| {
-            let progress = FetchProgress { bytes_done, bytes_total, seconds_left: None };
-            state.send_replace(FetchState { verifying: true, progress });
+            let progress = FetchProgress {
+                bytes_done,
+                bytes_total,
+                seconds_left: None,
+            };
+            state.send_replace(FetchState {
+                verifying: true,
+                progress,
+            });
         })
         .map(|hasher| hex::encode(hasher.finalize()))
     });
@@ -91,7 +107,14 @@ pub(super) fn hash_reader(mut reader: impl Read, mut report: impl FnMut(u64)) ->
 }
 
 fn modified_ns(metadata: &Metadata) -> Option<u128> {
-    Some(metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos())
+    Some(
+        metadata
+            .modified()
+            .ok()?
+            .duration_since(UNIX_EPOCH)
+            .ok()?
+            .as_nanos(),
+    )
 }
 
 fn cached(cache: &Path, metadata: &Metadata) -> Option<String> {
@@ -101,7 +124,13 @@ fn cached(cache: &Path, metadata: &Metadata) -> Option<String> {
 }
 
 fn remember(cache: &Path, metadata: &Metadata, sha256: &str) -> Result<(), FetchModel> {
-    let Some(modified_ns) = modified_ns(metadata) else { return Ok(()) };
-    let record = CachedDigest { bytes: metadata.len(), modified_ns, sha256: sha256.to_owned() };
+    let Some(modified_ns) = modified_ns(metadata) else {
+        return Ok(());
+    };
+    let record = CachedDigest {
+        bytes: metadata.len(),
+        modified_ns,
+        sha256: sha256.to_owned(),
+    };
     write_atomically(cache, &serde_json::to_vec(&record).unwrap_or_default())
 }

@@ -30,6 +30,10 @@ pub struct Special {
     pub parse: bool,
 }
 
+/// Marks what reads like a control token in a user's text. The last private-use character of the basic
+/// plane; in a user's own text it is dropped.
+const GUARD: char = '\u{f8ff}';
+
 enum Algorithm {
     BytePair(BytePairEncoding),
     SentencePiece(SentencePiece),
@@ -207,6 +211,44 @@ impl Tokenizer {
         }
         if special.add && self.add_eos {
             tokens.extend(self.eos);
+        }
+        tokens
+    }
+
+    /// Text that somebody wrote, made safe to stand in a chat template's rendering: what reads like a
+    /// control token in it is marked, and [`Self::encode_guarded`] takes it as plain text.
+    #[must_use]
+    pub fn guard(&self, text: &str) -> String {
+        let mut guarded = String::with_capacity(text.len());
+        for (piece, token) in self.special.split(&text.replace(GUARD, ""), true) {
+            guarded.push_str(piece);
+            if let Some(token) = token {
+                if self.vocab.is_control(token) {
+                    guarded.push(GUARD);
+                }
+                guarded.push_str(&self.token_text(token).replace('\u{2581}', " "));
+            }
+        }
+        guarded
+    }
+
+    /// Encodes a rendering: control tokens of the template are read as such, guarded ones as text.
+    #[must_use]
+    pub fn encode_guarded(&self, text: &str, add: bool) -> Vec<u32> {
+        let mut parts = text.split(GUARD);
+        let mut tokens = self.encode(parts.next().unwrap_or_default(), Special { add, parse: true });
+        for part in parts {
+            // Cut after its first character, the text of the control token is no longer whole.
+            let cut = part.chars().next().map_or(0, char::len_utf8);
+            let (head, rest) = part.split_at(cut);
+            tokens.extend(self.encode(head, Special::default()));
+            tokens.extend(self.encode(
+                rest,
+                Special {
+                    add: false,
+                    parse: true,
+                },
+            ));
         }
         tokens
     }

@@ -1,0 +1,39 @@
+# The one list of commands. `just` shows it.
+
+default:
+    @just --list
+
+# Set up what the tests need and pass them (the README's second command, and CI's)
+test *ARGS:
+    ./tests/run {{ARGS}}
+
+# The whole way on this machine (the README's first command)
+demo *ARGS:
+    cargo run --release --bin freehold -- demo {{ARGS}}
+
+# Write the CustomResourceDefinitions from the types
+crds:
+    cargo run --quiet -p freehold-crds --bin crdgen -- crds/yaml
+
+# What a reviewer would say by machine
+lint:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets
+
+# Licences, advisories, sources and doubles of the dependencies
+deny:
+    cargo deny --version || cargo install --locked cargo-deny
+    cargo deny check
+
+# Every crate compiles alone
+each:
+    for dir in crds crds/rules operator/control-plane node-agent/engine node-agent/gateway operator node-agent cli; do (cd $dir && cargo check --quiet) || exit 1; done
+
+# The engine beside candle-transformers: prefill, decode, batches, memory
+bench-engine:
+    cargo run --release -p freehold-engine --example bench_engine
+
+# Memory and write rate of the all-in-one at rest, time to Ready, time to the first token
+bench-rest *ARGS:
+    cargo build --release --bin freehold
+    python3 tests/bench_rest.py {{ARGS}}
