@@ -99,9 +99,20 @@ impl Agent {
             observed,
             metrics: Arc::clone(&metrics),
         };
-        let watching = crate::watch::run(client.clone(), config.node.clone(), file, spec_sender, observed_sender);
-        let renewing =
-            heartbeat::run(client, config.node, config.labels, config.heartbeat, Arc::clone(&metrics));
+        let watching = crate::watch::run(
+            client.clone(),
+            config.node.clone(),
+            file,
+            spec_sender,
+            observed_sender,
+        );
+        let renewing = heartbeat::run(
+            client,
+            config.node,
+            config.labels,
+            config.heartbeat,
+            Arc::clone(&metrics),
+        );
         let parts = Parts {
             supervisor: Supervisor::new(tools, (wake, inbox), spec, snapshot_sender),
             publisher,
@@ -110,9 +121,17 @@ impl Agent {
             metrics: metrics_listener.map(|listener| (listener, metrics)),
             _folder_lock: folder_lock,
         };
-        let background = [AbortOnDropHandle::new(tokio::spawn(watching)), AbortOnDropHandle::new(tokio::spawn(renewing))];
+        let background = [
+            AbortOnDropHandle::new(tokio::spawn(watching)),
+            AbortOnDropHandle::new(tokio::spawn(renewing)),
+        ];
         let running = tokio::spawn(parts.run(shutdown, background));
-        Ok(Self { gateway_address, gateway, store, running })
+        Ok(Self {
+            gateway_address,
+            gateway,
+            store,
+            running,
+        })
     }
 
     /// Where the gateway listens.
@@ -199,15 +218,22 @@ fn monitor(gateway: Gateway, metrics: Arc<Metrics>) -> Router {
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, StartAgent> {
-    TcpListener::bind(address).await.map_err(|source| StartAgent::Listen { address, source })
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| StartAgent::Listen { address, source })
 }
 
 /// The folder of this agent alone, and in it one for sockets, cleared of what an earlier agent left.
 fn prepare_folder(data_dir: &PathBuf) -> Result<(std::fs::File, PathBuf), StartAgent> {
-    let unusable = |source: std::io::Error| StartAgent::PrepareFolder { path: data_dir.clone(), source };
+    let unusable = |source: std::io::Error| StartAgent::PrepareFolder {
+        path: data_dir.clone(),
+        source,
+    };
     std::fs::create_dir_all(data_dir).map_err(unusable)?;
     let lock = run_dir::lock(data_dir).map_err(unusable)?;
-    let lock = lock.ok_or_else(|| StartAgent::FolderInUse { path: data_dir.clone() })?;
+    let lock = lock.ok_or_else(|| StartAgent::FolderInUse {
+        path: data_dir.clone(),
+    })?;
     let sockets = run_dir::prepare(data_dir).map_err(unusable)?;
     run_dir::clear(&sockets);
     Ok((lock, sockets))
@@ -248,7 +274,10 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().to_owned();
         let first = prepare_folder(&path).expect("free");
-        assert!(matches!(prepare_folder(&path), Err(StartAgent::FolderInUse { .. })));
+        assert!(matches!(
+            prepare_folder(&path),
+            Err(StartAgent::FolderInUse { .. })
+        ));
         drop(first);
         assert!(prepare_folder(&path).is_ok());
     }

@@ -80,11 +80,15 @@ impl AgentArgs {
     /// # Errors
     /// The option that does not read.
     pub fn into_config(self) -> Result<AgentConfig, String> {
-        let node = self.node.or_else(host_name).ok_or("--node is not given, and this machine has no name")?;
+        let node = self
+            .node
+            .or_else(host_name)
+            .ok_or("--node is not given, and this machine has no name")?;
         let memory_limit = self.memory_limit.map(|text| Quantity(text).bytes()).transpose();
         let usual = StoreOptions::default();
-        let hub_endpoint =
-            self.hub_endpoint.map_or(usual.hub_endpoint, |address| address.trim_end_matches('/').to_owned());
+        let hub_endpoint = self.hub_endpoint.map_or(usual.hub_endpoint, |address| {
+            address.trim_end_matches('/').to_owned()
+        });
         Ok(AgentConfig {
             gateway_listen: self.gateway_listen,
             gateway_advertise: self.gateway_advertise,
@@ -92,7 +96,11 @@ impl AgentArgs {
             memory_limit: memory_limit.map_err(|error| format!("--memory-limit: {error}"))?,
             labels: self.labels.into_iter().collect::<BTreeMap<_, _>>(),
             metrics_listen: self.metrics_listen,
-            store: StoreOptions { hub_endpoint, hub_token: self.hub_token, reserve_bytes: usual.reserve_bytes },
+            store: StoreOptions {
+                hub_endpoint,
+                hub_token: self.hub_token,
+                reserve_bytes: usual.reserve_bytes,
+            },
             ..AgentConfig::new(node, self.data_dir)
         })
     }
@@ -100,7 +108,10 @@ impl AgentArgs {
 
 /// The machine's own name, as Kubernetes would write it.
 fn host_name() -> Option<String> {
-    let name = rustix::system::uname().nodename().to_string_lossy().to_lowercase();
+    let name = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .to_lowercase();
     (!name.is_empty()).then_some(name)
 }
 
@@ -110,13 +121,23 @@ mod tests {
 
     fn config(arguments: &[&str]) -> Result<AgentConfig, String> {
         let program = std::iter::once(&"freehold-node-agent");
-        let parsed = Arguments::try_parse_from(program.chain(arguments)).map_err(|error| error.to_string())?;
+        let parsed =
+            Arguments::try_parse_from(program.chain(arguments)).map_err(|error| error.to_string())?;
         parsed.agent.into_config()
     }
 
     #[test]
     fn options_become_settings() {
-        let arguments = ["--node", "pi", "--data-dir", "/d", "--memory-limit", "2Gi", "--label", "room=attic,gpu=none"];
+        let arguments = [
+            "--node",
+            "pi",
+            "--data-dir",
+            "/d",
+            "--memory-limit",
+            "2Gi",
+            "--label",
+            "room=attic,gpu=none",
+        ];
         let config = config(&arguments).expect("settings");
         assert_eq!((config.node.as_str(), config.memory_limit), ("pi", Some(2 << 30)));
         assert_eq!(config.labels.get("gpu").map(String::as_str), Some("none"));
@@ -124,8 +145,16 @@ mod tests {
 
     #[test]
     fn what_does_not_read_is_named() {
-        assert!(config(&["--node", "a", "--memory-limit", "lots"]).expect_err("no").contains("--memory-limit"));
-        assert!(config(&["--node", "a", "--label", "x"]).expect_err("no").contains("key=value"));
+        assert!(
+            config(&["--node", "a", "--memory-limit", "lots"])
+                .expect_err("no")
+                .contains("--memory-limit")
+        );
+        assert!(
+            config(&["--node", "a", "--label", "x"])
+                .expect_err("no")
+                .contains("key=value")
+        );
         assert!(config(&["--node", "a", "--heartbeat-seconds", "0"]).is_err());
     }
 }

@@ -64,7 +64,9 @@ impl AgentConfig {
             Some(host) if host.parse::<std::net::Ipv6Addr>().is_ok() => {
                 format!("http://[{host}]:{}", listening.port())
             }
-            Some(host) if host.parse::<SocketAddr>().is_ok() || host.contains(':') => format!("http://{host}"),
+            Some(host) if host.parse::<SocketAddr>().is_ok() || host.contains(':') => {
+                format!("http://{host}")
+            }
             Some(host) => format!("http://{host}:{}", listening.port()),
             None => format!("http://{listening}"),
         }

@@ -24,9 +24,13 @@ pub fn read(data_dir: &Path, memory_limit: Option<u64>) -> Inventory {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let devices = nvidia_devices();
     let cpu = cpu_name();
-    let accelerators = devices.iter().map(|device| format!("{} {}", device.name, gib(device.memory_bytes)));
-    let device_summary =
-        std::iter::once(format!("{cores} cores")).chain(accelerators).collect::<Vec<_>>().join(", ");
+    let accelerators = devices
+        .iter()
+        .map(|device| format!("{} {}", device.name, gib(device.memory_bytes)));
+    let device_summary = std::iter::once(format!("{cores} cores"))
+        .chain(accelerators)
+        .collect::<Vec<_>>()
+        .join(", ");
     Inventory {
         os: std::env::consts::OS.to_owned(),
         architecture: std::env::consts::ARCH.to_owned(),
@@ -49,10 +53,17 @@ fn gib(bytes: u64) -> String {
 
 /// Installed memory, or the container's limit where that is lower.
 fn memory_bytes() -> u64 {
-    let installed = fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo_total(&text));
+    let installed = fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| meminfo_total(&text));
     let installed = installed.or_else(mac_memory_bytes).unwrap_or(0);
-    let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-    let limit = limits.iter().find_map(|path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());
+    let limits = [
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ];
+    let limit = limits
+        .iter()
+        .find_map(|path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());
     match limit {
         Some(limit) if installed > 0 => installed.min(limit),
         _ => installed,
@@ -61,7 +72,11 @@ fn memory_bytes() -> u64 {
 
 fn meminfo_total(text: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+    line.split_whitespace()
+        .next()?
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib * 1024)
 }
 
 /// `sysctl hw.memsize`, where there is no /proc.
@@ -73,7 +88,10 @@ fn sysctl(name: &str) -> Option<String> {
     if !cfg!(target_os = "macos") {
         return None;
     }
-    let output = std::process::Command::new("/usr/sbin/sysctl").args(["-n", name]).output().ok()?;
+    let output = std::process::Command::new("/usr/sbin/sysctl")
+        .args(["-n", name])
+        .output()
+        .ok()?;
     Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
@@ -91,7 +109,9 @@ fn cpu_name() -> String {
 
 /// NVIDIA GPUs as the driver's own library (NVML) tells them; none where the library is not installed.
 fn nvidia_devices() -> Vec<Accelerator> {
-    let Ok(nvml) = nvml_wrapper::Nvml::init() else { return Vec::new() };
+    let Ok(nvml) = nvml_wrapper::Nvml::init() else {
+        return Vec::new();
+    };
     let driver = nvml.sys_driver_version().ok();
     let devices = (0..nvml.device_count().unwrap_or(0)).filter_map(|index| nvml.device_by_index(index).ok());
     devices
@@ -124,6 +144,9 @@ mod tests {
 
     #[test]
     fn meminfo_reads_kibibytes() {
-        assert_eq!(meminfo_total("MemTotal:       16384 kB\nMemFree: 1 kB"), Some(16_777_216));
+        assert_eq!(
+            meminfo_total("MemTotal:       16384 kB\nMemFree: 1 kB"),
+            Some(16_777_216)
+        );
     }
 }

@@ -13,7 +13,10 @@ use tracing_subscriber::EnvFilter;
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,kube=warn"));
     // stdout is the worker's line to its agent.
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     let arguments = Arguments::parse();
     match arguments.command {
         Some(Command::Worker(arguments)) => worker::run(&arguments),

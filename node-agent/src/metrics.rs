@@ -43,9 +43,21 @@ impl Metrics {
             memory_reserved: Gauge::default(),
         };
         registry.register("heartbeats", "Renewals of the Lease", metrics.heartbeats.clone());
-        registry.register("status_writes", "Writes of the status", metrics.status_writes.clone());
-        registry.register("instances", "Models on this machine by phase", metrics.instances.clone());
-        registry.register("worker_restarts", "Workers that were started again", metrics.restarts.clone());
+        registry.register(
+            "status_writes",
+            "Writes of the status",
+            metrics.status_writes.clone(),
+        );
+        registry.register(
+            "instances",
+            "Models on this machine by phase",
+            metrics.instances.clone(),
+        );
+        registry.register(
+            "worker_restarts",
+            "Workers that were started again",
+            metrics.restarts.clone(),
+        );
         registry.register_with_unit(
             "worker_resident",
             "Resident memory of a worker",
@@ -58,14 +70,20 @@ impl Metrics {
             Unit::Bytes,
             metrics.memory_reserved.clone(),
         );
-        *metrics.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = registry;
+        *metrics
+            .registry
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = registry;
         metrics
     }
 
     /// The metrics as Prometheus reads them.
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
-        let registry = self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let registry = self
+            .registry
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         // Writing to a String does not fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
         text

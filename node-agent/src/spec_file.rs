@@ -25,7 +25,9 @@ pub(crate) struct SpecFile {
 
 impl SpecFile {
     pub(crate) fn in_folder(data_dir: &Path) -> Self {
-        Self { path: data_dir.join("spec.json") }
+        Self {
+            path: data_dir.join("spec.json"),
+        }
     }
 
     /// What was accepted last, if anything readable is there.
@@ -40,7 +42,9 @@ impl SpecFile {
         };
         // The file is this agent's own; what does not read is from another version, or a damaged disk.
         serde_json::from_slice(&text)
-            .inspect_err(|error| warn!(path = %self.path.display(), %error, "The last accepted spec does not read"))
+            .inspect_err(
+                |error| warn!(path = %self.path.display(), %error, "The last accepted spec does not read"),
+            )
             .ok()
     }
 
@@ -48,7 +52,12 @@ impl SpecFile {
     pub(crate) fn store(&self, accepted: &Accepted) -> std::io::Result<()> {
         let temporary = self.path.with_extension("json.tmp");
         let mut options = fs::OpenOptions::new();
-        let mut file = options.create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+        let mut file = options
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(&temporary)?;
         file.write_all(&serde_json::to_vec(accepted)?)?;
         file.sync_all()?;
         fs::rename(&temporary, &self.path)
@@ -65,8 +74,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let file = SpecFile::in_folder(folder.path());
         assert_eq!(file.load(), None);
-        let assignment = Assignment { name: "home.chat.1".to_owned(), ..Assignment::default() };
-        let spec = InferenceNodeSpec { assignments: vec![assignment], ..InferenceNodeSpec::default() };
+        let assignment = Assignment {
+            name: "home.chat.1".to_owned(),
+            ..Assignment::default()
+        };
+        let spec = InferenceNodeSpec {
+            assignments: vec![assignment],
+            ..InferenceNodeSpec::default()
+        };
         let accepted = Accepted { generation: 7, spec };
         file.store(&accepted).expect("stored");
         assert_eq!(file.load(), Some(accepted));

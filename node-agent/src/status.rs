@@ -96,7 +96,11 @@ impl Publisher {
                 retry = None;
                 continue;
             }
-            let quiet = if news == News::Progress { PROGRESS_EVERY } else { COALESCE };
+            let quiet = if news == News::Progress {
+                PROGRESS_EVERY
+            } else {
+                COALESCE
+            };
             let not_before = (last_write + quiet).max(Instant::now() + COALESCE);
             tokio::select! {
                 () = stop.cancelled() => break,
@@ -107,7 +111,10 @@ impl Publisher {
             last_write = Instant::now();
             match self.write(&status, WRITE_LIMIT).await {
                 Ok(()) => {
-                    written = Written { uid: Some(uid), status };
+                    written = Written {
+                        uid: Some(uid),
+                        status,
+                    };
                     retry = None;
                 }
                 Err(problem) => {
@@ -130,7 +137,13 @@ impl Publisher {
 
     fn status(&self, before: &InferenceNodeStatus) -> InferenceNodeStatus {
         let snapshot = self.snapshot.borrow();
-        build(&snapshot, &self.inventory, &self.gateway_address, before, jiff::Timestamp::now())
+        build(
+            &snapshot,
+            &self.inventory,
+            &self.gateway_address,
+            before,
+            jiff::Timestamp::now(),
+        )
     }
 
     async fn read_inventory(&mut self) {
@@ -177,7 +190,10 @@ fn build(
     } else {
         ("True", reason::AS_EXPECTED, "the agent takes work".to_owned())
     };
-    let same = before.conditions.iter().find(|condition| condition.type_ == READY && condition.status == status);
+    let same = before
+        .conditions
+        .iter()
+        .find(|condition| condition.type_ == READY && condition.status == status);
     let condition = Condition {
         type_: READY.to_owned(),
         status: status.to_owned(),
@@ -236,10 +252,24 @@ mod tests {
     use freehold_crds::inference_node::FetchProgress;
 
     fn snapshot(phase: Phase, tokens_generated: u64, bytes_done: u64) -> Snapshot {
-        let progress = Some(FetchProgress { bytes_done, bytes_total: 100, seconds_left: None });
+        let progress = Some(FetchProgress {
+            bytes_done,
+            bytes_total: 100,
+            seconds_left: None,
+        });
         let name = "home.chat.1".to_owned();
-        let instance = Instance { name, phase, tokens_generated, progress, ..Instance::default() };
-        Snapshot { generation: Some(3), instances: vec![instance], stopping: false }
+        let instance = Instance {
+            name,
+            phase,
+            tokens_generated,
+            progress,
+            ..Instance::default()
+        };
+        Snapshot {
+            generation: Some(3),
+            instances: vec![instance],
+            stopping: false,
+        }
     }
 
     fn status(snapshot: &Snapshot, before: &InferenceNodeStatus, second: i64) -> InferenceNodeStatus {
@@ -249,10 +279,23 @@ mod tests {
 
     #[test]
     fn counters_alone_are_no_news_and_progress_is_little() {
-        let first = status(&snapshot(Phase::Fetching, 0, 1), &InferenceNodeStatus::default(), 1);
-        assert_eq!(news(&first, &status(&snapshot(Phase::Fetching, 99, 1), &first, 2)), News::None);
-        assert_eq!(news(&first, &status(&snapshot(Phase::Fetching, 0, 2), &first, 2)), News::Progress);
-        assert_eq!(news(&first, &status(&snapshot(Phase::Ready, 0, 1), &first, 2)), News::Full);
+        let first = status(
+            &snapshot(Phase::Fetching, 0, 1),
+            &InferenceNodeStatus::default(),
+            1,
+        );
+        assert_eq!(
+            news(&first, &status(&snapshot(Phase::Fetching, 99, 1), &first, 2)),
+            News::None
+        );
+        assert_eq!(
+            news(&first, &status(&snapshot(Phase::Fetching, 0, 2), &first, 2)),
+            News::Progress
+        );
+        assert_eq!(
+            news(&first, &status(&snapshot(Phase::Ready, 0, 1), &first, 2)),
+            News::Full
+        );
     }
 
     #[test]
@@ -260,8 +303,18 @@ mod tests {
         let first = status(&snapshot(Phase::Ready, 0, 1), &InferenceNodeStatus::default(), 1);
         let second = status(&snapshot(Phase::Failed, 0, 1), &first, 2);
         assert_eq!(first.conditions, second.conditions);
-        assert_eq!((first.summary.as_deref(), second.summary.as_deref()), (Some("1/1"), Some("0/1")));
-        let stopped = status(&Snapshot { stopping: true, ..Snapshot::default() }, &second, 9);
+        assert_eq!(
+            (first.summary.as_deref(), second.summary.as_deref()),
+            (Some("1/1"), Some("0/1"))
+        );
+        let stopped = status(
+            &Snapshot {
+                stopping: true,
+                ..Snapshot::default()
+            },
+            &second,
+            9,
+        );
         assert_ne!(stopped.conditions, second.conditions);
     }
 }

@@ -35,8 +35,10 @@ pub(crate) async fn run(
         match objects.try_next().await {
             Ok(Some(Some(object))) => {
                 reachable = true;
-                let accepted =
-                    Accepted { generation: object.metadata.generation.unwrap_or_default(), spec: object.spec };
+                let accepted = Accepted {
+                    generation: object.metadata.generation.unwrap_or_default(),
+                    spec: object.spec,
+                };
                 accept(accepted, &file, &spec).await;
                 let uid = object.metadata.uid;
                 observed.send_if_modified(|seen| {

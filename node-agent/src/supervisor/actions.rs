@@ -28,7 +28,11 @@ impl Supervisor {
     }
 
     fn with_worker(&self, name: &str, order: impl Fn(&WorkerProcess)) {
-        if let Some(worker) = self.instances.get(name).and_then(|instance| instance.worker.as_ref()) {
+        if let Some(worker) = self
+            .instances
+            .get(name)
+            .and_then(|instance| instance.worker.as_ref())
+        {
             order(worker);
         }
     }
@@ -44,7 +48,9 @@ impl Supervisor {
     /// Fetches beside the supervisor; dropping the handle ends it.
     fn fetch(&mut self, name: &str) {
         let epoch = self.next_epoch();
-        let Some(instance) = self.instances.get_mut(name) else { return };
+        let Some(instance) = self.instances.get_mut(name) else {
+            return;
+        };
         let (store, source) = (self.tools.store.clone(), instance.assignment.model.clone());
         let (messages, assignment) = (self.messages.clone(), name.to_owned());
         let task = tokio::spawn(async move {
@@ -61,13 +67,21 @@ impl Supervisor {
                     }
                 }
             };
-            let _ = messages.send(Message::FetchEnded { assignment, epoch, result }).await;
+            let _ = messages
+                .send(Message::FetchEnded {
+                    assignment,
+                    epoch,
+                    result,
+                })
+                .await;
         });
         instance.fetch_begins(epoch, AbortOnDropHandle::new(task));
     }
 
     fn reserve(&mut self, name: &str, now: Duration) {
-        let Some(instance) = self.instances.get(name) else { return };
+        let Some(instance) = self.instances.get(name) else {
+            return;
+        };
         let Some(model) = &instance.stored else { return };
         // A plan that set memory aside has said how much, the owner's own figure included.
         let planned = Some(instance.assignment.memory_bytes).filter(|bytes| *bytes > 0);
@@ -77,7 +91,10 @@ impl Supervisor {
             .iter()
             .filter(|(other, _)| *other != name)
             .filter_map(|(other, instance)| {
-                let leaving = matches!(instance.watchdog.stage(), Stage::Draining { .. } | Stage::Stopping { .. });
+                let leaving = matches!(
+                    instance.watchdog.stage(),
+                    Stage::Draining { .. } | Stage::Stopping { .. }
+                );
                 let idle = self.tools.gateway.activity(other).in_flight == 0;
                 let idle_ms = instance.sleeps_if_asked().filter(|_| idle);
                 Some(Holding {
@@ -88,7 +105,12 @@ impl Supervisor {
                 })
             })
             .collect();
-        match admit(need.total_bytes, &need.arithmetic, self.tools.allocatable_bytes, &holdings) {
+        match admit(
+            need.total_bytes,
+            &need.arithmetic,
+            self.tools.allocatable_bytes,
+            &holdings,
+        ) {
             Admission::Admitted => {
                 if let Some(instance) = self.instances.get_mut(name) {
                     instance.reserved_bytes = Some(need.total_bytes);
@@ -96,7 +118,14 @@ impl Supervisor {
                 self.step(name, now, Event::Reserved);
             }
             Admission::Wait { message, evict } => {
-                self.step(name, now, Event::NoMemory { message, freeing: true });
+                self.step(
+                    name,
+                    now,
+                    Event::NoMemory {
+                        message,
+                        freeing: true,
+                    },
+                );
                 for sleeper in evict {
                     info!(assignment = %sleeper, wanted_by = name, "Sending an idle model to sleep");
                     self.step(&sleeper, now, Event::Evict);
@@ -104,27 +133,53 @@ impl Supervisor {
             }
             Admission::Refused { message } => {
                 info!(assignment = name, message, "No memory for the model");
-                self.step(name, now, Event::NoMemory { message, freeing: false });
+                self.step(
+                    name,
+                    now,
+                    Event::NoMemory {
+                        message,
+                        freeing: false,
+                    },
+                );
             }
         }
     }
 
     fn load(&mut self, name: &str, now: Duration) {
         let epoch = self.next_epoch();
-        let Some(instance) = self.instances.get_mut(name) else { return };
+        let Some(instance) = self.instances.get_mut(name) else {
+            return;
+        };
         let Some(model) = &instance.stored else { return };
         let engine = &instance.assignment.engine;
         let socket = run_dir::socket(&self.tools.run_dir, name, epoch);
-        let mut arguments: Vec<OsString> =
-            self.tools.worker_arguments_prefix.iter().map(OsString::from).collect();
+        let mut arguments: Vec<OsString> = self
+            .tools
+            .worker_arguments_prefix
+            .iter()
+            .map(OsString::from)
+            .collect();
         let mut option = |flag: &str, value: OsString| arguments.extend([OsString::from(flag), value]);
         option("--socket", socket.clone().into());
         option("--model", model.path.clone().into());
-        option("--context", context_length(model.facts.context_length, engine).to_string().into());
+        option(
+            "--context",
+            context_length(model.facts.context_length, engine)
+                .to_string()
+                .into(),
+        );
         option("--concurrency", engine.concurrency.to_string().into());
         option("--queue", engine.queue.to_string().into());
         option("--device", device_argument(instance.assignment.device).into());
-        option("--kv", if engine.kv_type == KvType::F32 { "f32" } else { "f16" }.into());
+        option(
+            "--kv",
+            if engine.kv_type == KvType::F32 {
+                "f32"
+            } else {
+                "f16"
+            }
+            .into(),
+        );
         let launch = Launch {
             assignment: name.to_owned(),
             epoch,

@@ -82,14 +82,17 @@ impl Instance {
 
     /// When it must be looked at again.
     pub(super) fn deadline(&self) -> Option<Duration> {
-        let probes = self.watchdog.run().and_then(|_| self.probes.values().filter_map(Probing::due_at).min());
+        let probes = self
+            .watchdog
+            .run()
+            .and_then(|_| self.probes.values().filter_map(Probing::due_at).min());
         [self.watchdog.deadline(), probes].into_iter().flatten().min()
     }
 
-    /// When its last request was, if it may be sent to sleep.
+    /// When its last request was, if it may be sent to sleep. A probe under way does not keep it awake.
     pub(super) fn sleeps_if_asked(&self) -> Option<Duration> {
         let run = self.watchdog.run()?;
-        let may = self.assignment.activation.mode == ActivationMode::OnDemand && !run.busy;
+        let may = self.assignment.activation.mode == ActivationMode::OnDemand;
         may.then(|| run.last_request.max(run.since))
     }
 
@@ -104,7 +107,11 @@ impl Instance {
         }
     }
 
-    pub(super) fn fetch_ended(&mut self, epoch: u64, result: Result<StoredModel, FetchModel>) -> Option<Event> {
+    pub(super) fn fetch_ended(
+        &mut self,
+        epoch: u64,
+        result: Result<StoredModel, FetchModel>,
+    ) -> Option<Event> {
         let (_, task) = self.fetch.take_if(|(current, _)| *current == epoch)?;
         drop(task);
         self.fetch_state = None;
@@ -113,9 +120,11 @@ impl Instance {
                 let forbidden = forbidden_format(&stored.facts.format, &self.assignment.allowed_formats);
                 self.stored = Some(stored);
                 Some(match forbidden {
-                    Some(message) => {
-                        Event::FetchFailed { reason: reason::POLICY_VIOLATION, message, permanent: true }
-                    }
+                    Some(message) => Event::FetchFailed {
+                        reason: reason::POLICY_VIOLATION,
+                        message,
+                        permanent: true,
+                    },
                     None => Event::Fetched,
                 })
             }
@@ -144,7 +153,10 @@ impl Instance {
                 self.worker = None;
                 self.ready = None;
                 self.tokens_before += self.beat.send_replace(WorkerBeat::default()).tokens_generated;
-                Some(Event::Exited { how: exit.how, permanent: exit.permanent })
+                Some(Event::Exited {
+                    how: exit.how,
+                    permanent: exit.permanent,
+                })
             }
             News::Line(line) => match *line {
                 WorkerLine::Loading(loading) => {
@@ -159,11 +171,15 @@ impl Instance {
                 }
                 WorkerLine::Beat(beat) => {
                     self.beat.send_replace(beat);
-                    Some(Event::Beat { steps: beat.steps, busy: beat.active + beat.queued > 0 })
+                    Some(Event::Beat {
+                        steps: beat.steps,
+                        busy: beat.active + beat.queued > 0,
+                    })
                 }
-                WorkerLine::Failed(failed) => {
-                    Some(Event::GaveUp { reason: failed.reason, message: failed.message })
-                }
+                WorkerLine::Failed(failed) => Some(Event::GaveUp {
+                    reason: failed.reason,
+                    message: failed.message,
+                }),
             },
         }
     }
@@ -176,12 +192,19 @@ impl Instance {
         // An answer to clients, and a new state of the bus each time: whole percents only.
         let waiting_for = (!ready).then(|| match (phase, self.progress()) {
             (Phase::Fetching | Phase::Verifying, Some(progress)) if progress.bytes_total > 0 => {
-                format!("{phase:?} {} %", progress.bytes_done.saturating_mul(100) / progress.bytes_total)
+                format!(
+                    "{phase:?} {} %",
+                    progress.bytes_done.saturating_mul(100) / progress.bytes_total
+                )
             }
             _ => message.map_or_else(|| format!("{phase:?}"), |message| format!("{phase:?}: {message}")),
         });
         WorkerEndpoint {
-            socket: self.worker.as_ref().map(|worker| worker.socket.clone()).unwrap_or_default(),
+            socket: self
+                .worker
+                .as_ref()
+                .map(|worker| worker.socket.clone())
+                .unwrap_or_default(),
             ready,
             idle: self.watchdog.wakes_on_demand(),
             task: facts.map(|facts| facts.task.clone()).unwrap_or_default(),
@@ -194,9 +217,9 @@ impl Instance {
     pub(super) fn answer_waiting(&mut self) {
         let answer = match self.watchdog.stage() {
             Stage::Ready(_) => Ok(()),
-            Stage::Asleep { message } => {
-                Err(message.clone().unwrap_or_else(|| "it went back to sleep".to_owned()))
-            }
+            Stage::Asleep { message } => Err(message
+                .clone()
+                .unwrap_or_else(|| "it went back to sleep".to_owned())),
             Stage::Backoff { message, .. } | Stage::Failed { message, .. } | Stage::Refused { message } => {
                 Err(message.clone())
             }
@@ -229,9 +252,11 @@ impl Instance {
             Stage::Draining { .. } | Stage::Stopping { .. } => (Phase::Draining, None, None),
             Stage::Backoff { reason, message, .. } => (Phase::Backoff, Some(reason), Some(message.clone())),
             Stage::Failed { reason, message } => (Phase::Failed, Some(reason), Some(message.clone())),
-            Stage::Refused { message } => {
-                (Phase::Refused, Some(reason::INSUFFICIENT_MEMORY), Some(message.clone()))
-            }
+            Stage::Refused { message } => (
+                Phase::Refused,
+                Some(reason::INSUFFICIENT_MEMORY),
+                Some(message.clone()),
+            ),
         }
     }
 
@@ -254,7 +279,11 @@ impl Instance {
             load_ms: self.load_ms,
             resident_bytes: self.resident_told,
             tokens_generated: self.tokens_before + beat.tokens_generated,
-            probes: self.probes.values().flat_map(|probing| probing.results(now)).collect(),
+            probes: self
+                .probes
+                .values()
+                .flat_map(|probing| probing.results(now))
+                .collect(),
         }
     }
 
@@ -275,7 +304,10 @@ fn forbidden_format(found: &str, allowed: &[ModelFormat]) -> Option<String> {
     let ok = allowed.is_empty() || allowed.iter().any(|format| name(format) == found.to_lowercase());
     (!ok).then(|| {
         let names: Vec<_> = allowed.iter().map(name).collect();
-        format!("the file is {found} and policies allow {}; use a model in an allowed format", names.join(", "))
+        format!(
+            "the file is {found} and policies allow {}; use a model in an allowed format",
+            names.join(", ")
+        )
     })
 }
 
@@ -287,7 +319,11 @@ mod tests {
     fn formats_are_held_to_the_list() {
         assert_eq!(forbidden_format("gguf", &[]), None);
         assert_eq!(forbidden_format("GGUF", &[ModelFormat::Gguf]), None);
-        assert!(forbidden_format("safetensors", &[ModelFormat::Gguf]).expect("forbidden").contains("allow gguf"));
+        assert!(
+            forbidden_format("safetensors", &[ModelFormat::Gguf])
+                .expect("forbidden")
+                .contains("allow gguf")
+        );
     }
 
     #[test]

@@ -49,15 +49,35 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(crate) enum Message {
     /// A fetch goes on.
-    FetchProgress { assignment: String, epoch: u64, state: FetchState },
+    FetchProgress {
+        assignment: String,
+        epoch: u64,
+        state: FetchState,
+    },
     /// A fetch ended.
-    FetchEnded { assignment: String, epoch: u64, result: Result<StoredModel, FetchModel> },
+    FetchEnded {
+        assignment: String,
+        epoch: u64,
+        result: Result<StoredModel, FetchModel>,
+    },
     /// A worker spoke or ended.
-    Worker { assignment: String, epoch: u64, news: News },
+    Worker {
+        assignment: String,
+        epoch: u64,
+        news: News,
+    },
     /// A round of checks is done.
-    Probed { assignment: String, epoch: u64, probe: String, results: Vec<(String, Outcome)> },
+    Probed {
+        assignment: String,
+        epoch: u64,
+        probe: String,
+        results: Vec<(String, Outcome)>,
+    },
     /// A request waits for a model.
-    Activate { assignment: String, reply: oneshot::Sender<Result<(), String>> },
+    Activate {
+        assignment: String,
+        reply: oneshot::Sender<Result<(), String>>,
+    },
 }
 
 /// What came from a worker.
@@ -87,8 +107,14 @@ impl Activator for Wake {
         let (messages, assignment) = (self.messages.clone(), assignment.to_owned());
         Box::pin(async move {
             let (reply, answer) = oneshot::channel();
-            let failed = |reason: String| ActivateModel { assignment: assignment.clone(), reason };
-            let message = Message::Activate { assignment: assignment.clone(), reply };
+            let failed = |reason: String| ActivateModel {
+                assignment: assignment.clone(),
+                reason,
+            };
+            let message = Message::Activate {
+                assignment: assignment.clone(),
+                reply,
+            };
             let stopping = || failed("the agent is stopping".to_owned());
             messages.send(message).await.map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?.map_err(failed)
@@ -191,7 +217,8 @@ impl Supervisor {
             return DRAIN_POLL;
         }
         let next = self.instances.values().filter_map(Instance::deadline).min();
-        next.map_or(LONGEST_REST, |next| next.saturating_sub(now)).clamp(SHORTEST_REST, LONGEST_REST)
+        next.map_or(LONGEST_REST, |next| next.saturating_sub(now))
+            .clamp(SHORTEST_REST, LONGEST_REST)
     }
 
     /// The spec is compared with what runs; only differences lead to anything.
@@ -215,8 +242,19 @@ impl Supervisor {
                 }
             }
         }
-        let wanted = |name: &String| accepted.spec.assignments.iter().any(|assignment| assignment.name == *name);
-        let gone: Vec<_> = self.instances.keys().filter(|name| !wanted(name)).cloned().collect();
+        let wanted = |name: &String| {
+            accepted
+                .spec
+                .assignments
+                .iter()
+                .any(|assignment| assignment.name == *name)
+        };
+        let gone: Vec<_> = self
+            .instances
+            .keys()
+            .filter(|name| !wanted(name))
+            .cloned()
+            .collect();
         for name in gone {
             self.step(&name, now, Event::Remove);
         }
@@ -229,15 +267,26 @@ impl Supervisor {
     /// happens beside the supervisor.
     fn drop_unused_files(&self) {
         let Some(accepted) = &self.accepted else { return };
-        let leaving = self.instances.values().map(|instance| instance.assignment.model.clone());
-        let sources: Vec<_> =
-            accepted.spec.assignments.iter().map(|assignment| assignment.model.clone()).chain(leaving).collect();
+        let leaving = self
+            .instances
+            .values()
+            .map(|instance| instance.assignment.model.clone());
+        let sources: Vec<_> = accepted
+            .spec
+            .assignments
+            .iter()
+            .map(|assignment| assignment.model.clone())
+            .chain(leaving)
+            .collect();
         let store = self.tools.store.clone();
         tokio::task::spawn_blocking(move || store.retain(&sources.iter().collect::<Vec<_>>()));
     }
 
     fn begin_to_stop(&mut self) {
-        info!(instances = self.instances.len(), "Stopping: requests in flight finish first");
+        info!(
+            instances = self.instances.len(),
+            "Stopping: requests in flight finish first"
+        );
         self.stopping = true;
         let now = self.now();
         for name in self.names() {
@@ -251,7 +300,9 @@ impl Supervisor {
 
     /// One event for one instance, and what follows from it.
     fn step(&mut self, name: &str, now: Duration, event: Event) {
-        let Some(instance) = self.instances.get_mut(name) else { return };
+        let Some(instance) = self.instances.get_mut(name) else {
+            return;
+        };
         let was_running = instance.watchdog.run().is_some();
         let actions = instance.watchdog.step(now, event);
         if instance.watchdog.run().is_some() && !was_running {
@@ -260,7 +311,11 @@ impl Supervisor {
         for action in actions {
             self.act(name, now, action);
         }
-        if self.instances.get(name).is_some_and(|instance| *instance.watchdog.stage() == Stage::Gone) {
+        if self
+            .instances
+            .get(name)
+            .is_some_and(|instance| *instance.watchdog.stage() == Stage::Gone)
+        {
             info!(assignment = name, "Removed");
             self.instances.remove(name);
             self.memory_changed = true;
@@ -274,10 +329,16 @@ impl Supervisor {
             return;
         }
         let accepted = self.accepted.as_ref();
-        let wanted = accepted
-            .and_then(|accepted| accepted.spec.assignments.iter().find(|assignment| assignment.name == name));
+        let wanted = accepted.and_then(|accepted| {
+            accepted
+                .spec
+                .assignments
+                .iter()
+                .find(|assignment| assignment.name == name)
+        });
         if let Some(assignment) = wanted.cloned() {
-            self.instances.insert(name.to_owned(), Instance::new(assignment, rand::random()));
+            self.instances
+                .insert(name.to_owned(), Instance::new(assignment, rand::random()));
             self.take_up_probes();
             self.step(name, now, Event::Begin);
         } else {
@@ -288,24 +349,41 @@ impl Supervisor {
     fn handle(&mut self, message: Message) {
         let now = self.now();
         match message {
-            Message::FetchProgress { assignment, epoch, state } => {
+            Message::FetchProgress {
+                assignment,
+                epoch,
+                state,
+            } => {
                 if let Some(instance) = self.instances.get_mut(&assignment) {
                     instance.fetch_progressed(epoch, state);
                 }
             }
-            Message::FetchEnded { assignment, epoch, result } => {
+            Message::FetchEnded {
+                assignment,
+                epoch,
+                result,
+            } => {
                 let instance = self.instances.get_mut(&assignment);
                 if let Some(event) = instance.and_then(|instance| instance.fetch_ended(epoch, result)) {
                     self.step(&assignment, now, event);
                 }
             }
-            Message::Worker { assignment, epoch, news } => {
+            Message::Worker {
+                assignment,
+                epoch,
+                news,
+            } => {
                 let instance = self.instances.get_mut(&assignment);
                 if let Some(event) = instance.and_then(|instance| instance.worker_news(epoch, news)) {
                     self.step(&assignment, now, event);
                 }
             }
-            Message::Probed { assignment, epoch, probe, results } => {
+            Message::Probed {
+                assignment,
+                epoch,
+                probe,
+                results,
+            } => {
                 self.probed(&assignment, epoch, &probe, results);
             }
             Message::Activate { assignment, reply } => match self.instances.get_mut(&assignment) {
@@ -325,8 +403,17 @@ impl Supervisor {
         let now = self.now();
         for name in self.names() {
             let activity = self.tools.gateway.activity(&name);
-            let last_request = activity.last_request.map(|at| at.saturating_duration_since(self.started));
-            self.step(&name, now, Event::Traffic { in_flight: activity.in_flight, last_request });
+            let last_request = activity
+                .last_request
+                .map(|at| at.saturating_duration_since(self.started));
+            self.step(
+                &name,
+                now,
+                Event::Traffic {
+                    in_flight: activity.in_flight,
+                    last_request,
+                },
+            );
             self.step(&name, now, Event::Tick);
         }
         // Freed memory goes to whoever waits, and what that frees again in the next turn.
@@ -341,10 +428,17 @@ impl Supervisor {
     /// Brings gateway, status, metrics and waiting requests in line with where everything stands.
     fn tell(&mut self) {
         let accepted = self.accepted.as_ref();
-        let workers = self.instances.values().map(|instance| (instance.assignment.name.clone(), instance.endpoint()));
+        let workers = self
+            .instances
+            .values()
+            .map(|instance| (instance.assignment.name.clone(), instance.endpoint()));
         let bus = BusState {
-            routes: accepted.map(|accepted| accepted.spec.routes.clone()).unwrap_or_default(),
-            policies: accepted.map(|accepted| accepted.spec.policies.clone()).unwrap_or_default(),
+            routes: accepted
+                .map(|accepted| accepted.spec.routes.clone())
+                .unwrap_or_default(),
+            policies: accepted
+                .map(|accepted| accepted.spec.policies.clone())
+                .unwrap_or_default(),
             workers: workers.collect(),
         };
         if accepted.is_some() && self.bus.as_ref() != Some(&bus) {
@@ -358,7 +452,11 @@ impl Supervisor {
         let now = self.now();
         let mut snapshot = Snapshot {
             generation: accepted.map(|accepted| accepted.generation),
-            instances: self.instances.values_mut().map(|instance| instance.status(now)).collect(),
+            instances: self
+                .instances
+                .values_mut()
+                .map(|instance| instance.status(now))
+                .collect(),
             stopping: self.stopping,
         };
         if self.stopping {
@@ -382,16 +480,32 @@ impl Supervisor {
         metrics.instances.clear();
         metrics.worker_memory.clear();
         for instance in &snapshot.instances {
-            let phase = PhaseLabel { phase: format!("{:?}", instance.phase) };
+            let phase = PhaseLabel {
+                phase: format!("{:?}", instance.phase),
+            };
             metrics.instances.get_or_create(&phase).inc();
-            let assignment = AssignmentLabel { assignment: instance.name.clone() };
+            let assignment = AssignmentLabel {
+                assignment: instance.name.clone(),
+            };
             if let Some(resident) = instance.resident_bytes {
-                metrics.worker_memory.get_or_create(&assignment).set(i64::try_from(resident).unwrap_or(i64::MAX));
+                metrics
+                    .worker_memory
+                    .get_or_create(&assignment)
+                    .set(i64::try_from(resident).unwrap_or(i64::MAX));
             }
             let counted = metrics.restarts.get_or_create(&assignment).get();
-            metrics.restarts.get_or_create(&assignment).inc_by(u64::from(instance.restarts).saturating_sub(counted));
+            metrics
+                .restarts
+                .get_or_create(&assignment)
+                .inc_by(u64::from(instance.restarts).saturating_sub(counted));
         }
-        let reserved: u64 = self.instances.values().filter_map(|instance| instance.reserved_bytes).sum();
-        metrics.memory_reserved.set(i64::try_from(reserved).unwrap_or(i64::MAX));
+        let reserved: u64 = self
+            .instances
+            .values()
+            .filter_map(|instance| instance.reserved_bytes)
+            .sum();
+        metrics
+            .memory_reserved
+            .set(i64::try_from(reserved).unwrap_or(i64::MAX));
     }
 }

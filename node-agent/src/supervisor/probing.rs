@@ -57,15 +57,19 @@ impl Probing {
     fn observe(&mut self, now: Duration, results: Vec<(String, Outcome)>) {
         self.under_way = None;
         self.due = Some(now + Duration::from_secs(self.compiled.period_seconds.max(1).into()));
-        let thresholds =
-            Thresholds { failure: self.compiled.failure_threshold, success: self.compiled.success_threshold };
+        let thresholds = Thresholds {
+            failure: self.compiled.failure_threshold,
+            success: self.compiled.success_threshold,
+        };
         for (check, outcome) in results {
             self.checks.entry(check).or_default().observe(outcome, thresholds);
         }
     }
 
     fn failing(&self) -> bool {
-        self.checks.values().any(|check| check.state() == ProbeState::Failing)
+        self.checks
+            .values()
+            .any(|check| check.state() == ProbeState::Failing)
     }
 
     /// What the status says.
@@ -122,7 +126,9 @@ impl Supervisor {
                 match instance.probes.get_mut(&name) {
                     Some(probing) => probing.take_up(probe.clone()),
                     None => {
-                        instance.probes.insert(name, Probing::new(probe.clone(), ready.then_some(now)));
+                        instance
+                            .probes
+                            .insert(name, Probing::new(probe.clone(), ready.then_some(now)));
                     }
                 }
             }
@@ -156,7 +162,14 @@ impl Supervisor {
                 let (epoch, probe) = (self.epoch, probe.clone());
                 tokio::spawn(async move {
                     let results = round.run().await;
-                    let _ = messages.send(Message::Probed { assignment, epoch, probe, results }).await;
+                    let _ = messages
+                        .send(Message::Probed {
+                            assignment,
+                            epoch,
+                            probe,
+                            results,
+                        })
+                        .await;
                 });
             }
         }
@@ -164,39 +177,70 @@ impl Supervisor {
 
     pub(super) fn probed(&mut self, name: &str, epoch: u64, probe: &str, results: Vec<(String, Outcome)>) {
         let now = self.now();
-        let replicas = self.instances.values().filter_map(|instance| instance.probes.get(probe));
+        let replicas = self
+            .instances
+            .values()
+            .filter_map(|instance| instance.probes.get(probe));
         let (mut healthy, mut all) = (0_u32, 0_u32);
         for probing in replicas {
             all += 1;
             healthy += u32::from(!probing.failing());
         }
-        let policies = self.accepted.as_ref().map(|accepted| accepted.spec.policies.as_slice()).unwrap_or_default();
-        let Some(instance) = self.instances.get_mut(name) else { return };
+        let policies = self
+            .accepted
+            .as_ref()
+            .map(|accepted| accepted.spec.policies.as_slice())
+            .unwrap_or_default();
+        let Some(instance) = self.instances.get_mut(name) else {
+            return;
+        };
         let most_an_hour = most_restarts_an_hour(policies, &instance.assignment);
         let run = instance.watchdog.run().copied();
-        let Some(probing) = instance.probes.get_mut(probe) else { return };
+        let Some(probing) = instance.probes.get_mut(probe) else {
+            return;
+        };
         // A round that an earlier worker was asked says nothing of this one.
         if probing.under_way != Some(epoch) {
             return;
         }
+        // Nor does one whose worker was ended meanwhile.
+        let Some(run) = run else {
+            probing.under_way = None;
+            return;
+        };
         probing.observe(now, results);
-        let mut asking = probing.checks.iter().filter(|(_, check)| check.asks_for_restart());
-        let (Some((check, state)), Some(run)) = (asking.next(), run) else {
+        let mut asking = probing
+            .checks
+            .iter()
+            .filter(|(_, check)| check.asks_for_restart());
+        let Some((check, state)) = asking.next() else {
             probing.suspended = None;
             return;
         };
-        let here = Circumstances { now, ready_since: run.since, most_an_hour, healthy, replicas: all };
+        let here = Circumstances {
+            now,
+            ready_since: run.since,
+            most_an_hour,
+            healthy,
+            replicas: all,
+        };
         match remedy(&probing.compiled.remediation, &probing.book, here) {
             Remedy::Report => probing.suspended = None,
             Remedy::Wait => {}
             Remedy::Suspend(why) => {
                 if probing.suspended.is_none() {
-                    warn!(assignment = name, probe, check, why, "A check fails and its worker is not restarted");
+                    warn!(
+                        assignment = name,
+                        probe, check, why, "A check fails and its worker is not restarted"
+                    );
                 }
                 probing.suspended = Some(why);
             }
             Remedy::Restart => {
-                let cause = format!("probe {probe}, check {check}: {}", state.message().unwrap_or("failing"));
+                let cause = format!(
+                    "probe {probe}, check {check}: {}",
+                    state.message().unwrap_or("failing")
+                );
                 info!(assignment = name, cause, "Restarting worker");
                 probing.suspended = None;
                 probing.book.note(now);

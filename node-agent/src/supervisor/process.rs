@@ -62,7 +62,13 @@ impl WorkerProcess {
         let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
         let (epoch, socket) = (launch.epoch, launch.socket.clone());
         let task = tokio::spawn(tend(launch, messages, stop.clone(), kill.clone()));
-        Self { epoch, socket, stop, kill, _task: tokio_util::task::AbortOnDropHandle::new(task) }
+        Self {
+            epoch,
+            socket,
+            stop,
+            kill,
+            _task: tokio_util::task::AbortOnDropHandle::new(task),
+        }
     }
 
     /// Asks it to end.
@@ -76,24 +82,40 @@ impl WorkerProcess {
     }
 }
 
-async fn tend(launch: Launch, messages: mpsc::Sender<Message>, stop: CancellationToken, kill: CancellationToken) {
+async fn tend(
+    launch: Launch,
+    messages: mpsc::Sender<Message>,
+    stop: CancellationToken,
+    kill: CancellationToken,
+) {
     remove_socket(&launch.socket);
     let exit = match spawn(&launch) {
         Ok(child) => {
             info!(assignment = %launch.assignment, pid = child.id(), "Started worker");
             watch(&launch, child, &messages, &stop, &kill).await
         }
-        Err(error) => Exit { how: format!("failed to start {:?}: {error}", launch.program), permanent: false },
+        Err(error) => Exit {
+            how: format!("failed to start {:?}: {error}", launch.program),
+            permanent: false,
+        },
     };
     remove_socket(&launch.socket);
     info!(assignment = %launch.assignment, how = %exit.how, "Worker ended");
     let news = News::Exited(exit);
     // The supervisor is gone only when the agent is.
-    let _ = messages.send(Message::Worker { assignment: launch.assignment, epoch: launch.epoch, news }).await;
+    let _ = messages
+        .send(Message::Worker {
+            assignment: launch.assignment,
+            epoch: launch.epoch,
+            news,
+        })
+        .await;
 }
 
 fn spawn(launch: &Launch) -> std::io::Result<Child> {
-    let kept = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
+    let kept = ENVIRONMENT
+        .iter()
+        .filter_map(|name| Some((name, std::env::var_os(name)?)));
     Command::new(&launch.program)
         .args(&launch.arguments)
         .env_clear()
@@ -120,7 +142,12 @@ async fn watch(
         tokio::spawn(pass_on_log(launch.assignment.clone(), BufReader::new(stderr)));
     }
     let listener = child.stdout.take().map(|stdout| {
-        tokio::spawn(listen(launch.assignment.clone(), launch.epoch, BufReader::new(stdout), messages.clone()))
+        tokio::spawn(listen(
+            launch.assignment.clone(),
+            launch.epoch,
+            BufReader::new(stdout),
+            messages.clone(),
+        ))
     });
     let mut kill_at = None;
     let status = loop {
@@ -149,8 +176,14 @@ async fn watch(
         let _ = tokio::time::timeout(STOP_LIMIT, listener).await;
     }
     match status {
-        Ok(status) => Exit { how: describe(status), permanent: status.code() == Some(i32::from(EXIT_PERMANENT)) },
-        Err(error) => Exit { how: format!("lost sight of it: {error}"), permanent: false },
+        Ok(status) => Exit {
+            how: describe(status),
+            permanent: status.code() == Some(i32::from(EXIT_PERMANENT)),
+        },
+        Err(error) => Exit {
+            how: format!("lost sight of it: {error}"),
+            permanent: false,
+        },
     }
 }
 
@@ -180,7 +213,15 @@ async fn listen(
             continue;
         };
         let news = News::Line(Box::new(line));
-        if messages.send(Message::Worker { assignment: assignment.clone(), epoch, news }).await.is_err() {
+        if messages
+            .send(Message::Worker {
+                assignment: assignment.clone(),
+                epoch,
+                news,
+            })
+            .await
+            .is_err()
+        {
             return;
         }
     }
@@ -221,7 +262,10 @@ mod tests {
     async fn lines_are_cut_at_their_limit() {
         let text = [vec![b'x'; LINE_LIMIT * 3], b"\nshort\nlast".to_vec()].concat();
         let mut reader = BufReader::new(text.as_slice());
-        assert_eq!(next_line(&mut reader).await.map(|line| line.len()), Some(LINE_LIMIT));
+        assert_eq!(
+            next_line(&mut reader).await.map(|line| line.len()),
+            Some(LINE_LIMIT)
+        );
         assert_eq!(next_line(&mut reader).await.as_deref(), Some(b"short".as_slice()));
         assert_eq!(next_line(&mut reader).await.as_deref(), Some(b"last".as_slice()));
         assert_eq!(next_line(&mut reader).await, None);

@@ -68,8 +68,15 @@ impl Round {
         }
         let needs_measure = |check: &Check| check.tokens_per_second.is_some() || check.latency.is_some();
         if measured.is_none() && self.checks.iter().any(needs_measure) && self.task != "embed" {
-            let own = InferenceCheck { prompt: OWN_QUESTION.to_owned(), max_tokens: OWN_TOKENS, ..InferenceCheck::default() };
-            let own = InferenceCheck { timeout_seconds: u32::try_from(OWN_LIMIT.as_secs()).unwrap_or(30), ..own };
+            let own = InferenceCheck {
+                prompt: OWN_QUESTION.to_owned(),
+                max_tokens: OWN_TOKENS,
+                ..InferenceCheck::default()
+            };
+            let own = InferenceCheck {
+                timeout_seconds: u32::try_from(OWN_LIMIT.as_secs()).unwrap_or(30),
+                ..own
+            };
             measured = self.ask(&own).await.ok();
         }
         for check in self.checks.iter().filter(|check| check.inference.is_none()) {
@@ -86,7 +93,10 @@ impl Round {
                 return Outcome::Pass("work in flight advances".to_owned());
             }
             let limit = progress.stall_seconds;
-            return fail(format!("no step for more than {limit} s with requests in flight"), true);
+            return fail(
+                format!("no step for more than {limit} s with requests in flight"),
+                true,
+            );
         }
         if let Some(floor) = &check.tokens_per_second {
             let least = floor.minimum;
@@ -99,8 +109,13 @@ impl Round {
         if let Some(latency) = &check.latency {
             let most = latency.max_time_to_first_token_ms;
             return match measured.map(|answer| answer.first_token.as_millis()) {
-                Some(took) if took <= u128::from(most) => Outcome::Pass(format!("first token within {most} ms")),
-                Some(took) => fail(format!("first token after {took} ms, at most {most} ms are allowed"), false),
+                Some(took) if took <= u128::from(most) => {
+                    Outcome::Pass(format!("first token within {most} ms"))
+                }
+                Some(took) => fail(
+                    format!("first token after {took} ms, at most {most} ms are allowed"),
+                    false,
+                ),
                 None => Outcome::Unknown("the time to the first token could not be measured".to_owned()),
             };
         }
@@ -117,12 +132,22 @@ impl Round {
             return match memory.maximum.bytes() {
                 Ok(_) if resident == 0 => Outcome::Unknown("the worker's memory is not known yet".to_owned()),
                 Ok(most) if resident <= most => Outcome::Pass(format!("within {}", memory.maximum)),
-                Ok(_) => fail(format!("{} resident, at most {} are allowed", mib(resident), memory.maximum), true),
+                Ok(_) => fail(
+                    format!(
+                        "{} resident, at most {} are allowed",
+                        mib(resident),
+                        memory.maximum
+                    ),
+                    true,
+                ),
                 Err(error) => Outcome::Unknown(error.to_string()),
             };
         }
         if let Some(temperature) = &check.temperature {
-            return hot_or_not(hottest_celsius(Path::new("/sys/class/thermal")), temperature.maximum_celsius);
+            return hot_or_not(
+                hottest_celsius(Path::new("/sys/class/thermal")),
+                temperature.maximum_celsius,
+            );
         }
         if let Some(disk) = &check.disk {
             return disk_has(&self.data_dir, &disk.minimum_free);
@@ -134,12 +159,19 @@ impl Round {
         match answer {
             Ok(answer) => expected(question, &answer.text),
             Err(NoAnswer::Busy) => Outcome::Unknown("every slot is taken by other requests".to_owned()),
-            Err(NoAnswer::Late(progress)) if progress.is_zero() => {
-                fail(format!("no answer within {} s, and no step meanwhile", question.timeout_seconds), true)
-            }
+            Err(NoAnswer::Late(progress)) if progress.is_zero() => fail(
+                format!(
+                    "no answer within {} s, and no step meanwhile",
+                    question.timeout_seconds
+                ),
+                true,
+            ),
             Err(NoAnswer::Late(_)) => {
                 let limit = question.timeout_seconds;
-                fail(format!("no answer within {limit} s; the worker is slow and moves"), false)
+                fail(
+                    format!("no answer within {limit} s; the worker is slow and moves"),
+                    false,
+                )
             }
             Err(NoAnswer::Broken(problem)) => fail(problem.clone(), true),
         }
@@ -149,11 +181,17 @@ impl Round {
         let limit = Duration::from_secs(question.timeout_seconds.into());
         let steps = self.beat.borrow().steps;
         let asked = async {
-            if self.task == "embed" { self.embed(question).await } else { self.generate(question).await }
+            if self.task == "embed" {
+                self.embed(question).await
+            } else {
+                self.generate(question).await
+            }
         };
         match tokio::time::timeout(limit, asked).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(CallWorker::Refused(error))) if error.kind == WorkerErrorKind::QueueFull => Err(NoAnswer::Busy),
+            Ok(Err(CallWorker::Refused(error))) if error.kind == WorkerErrorKind::QueueFull => {
+                Err(NoAnswer::Busy)
+            }
             Ok(Err(error)) => Err(NoAnswer::Broken(format!("the worker did not answer: {error}"))),
             Err(_) => {
                 let moved = self.beat.borrow().steps != steps;
@@ -165,16 +203,30 @@ impl Round {
     async fn embed(&self, question: &InferenceCheck) -> Result<Answer, CallWorker> {
         let started = Instant::now();
         let input = vec![EmbedInput::Text(question.prompt.clone())];
-        let reply =
-            WorkerClient::new(&self.socket).embed(&EmbedCall { request_id: self.name.clone(), input }).await?;
-        let sound = reply.vectors.iter().all(|vector| !vector.is_empty() && vector.iter().all(|x| x.is_finite()));
+        let reply = WorkerClient::new(&self.socket)
+            .embed(&EmbedCall {
+                request_id: self.name.clone(),
+                input,
+            })
+            .await?;
+        let sound = reply
+            .vectors
+            .iter()
+            .all(|vector| !vector.is_empty() && vector.iter().all(|x| x.is_finite()));
         let text = if sound { "embedded" } else { "not finite" }.to_owned();
-        Ok(Answer { text, first_token: started.elapsed(), tokens_per_second: None })
+        Ok(Answer {
+            text,
+            first_token: started.elapsed(),
+            tokens_per_second: None,
+        })
     }
 
     async fn generate(&self, question: &InferenceCheck) -> Result<Answer, CallWorker> {
         let started = Instant::now();
-        let sampling = SamplingCall { temperature: Some(0.0), ..SamplingCall::default() };
+        let sampling = SamplingCall {
+            temperature: Some(0.0),
+            ..SamplingCall::default()
+        };
         let call = |prompt| GenerateCall {
             request_id: self.name.clone(),
             prompt,
@@ -187,10 +239,19 @@ impl Round {
         let messages = serde_json::json!([{"role": "user", "content": question.prompt}]);
         let client = WorkerClient::new(&self.socket);
         // A question is a chat where the model has a template for one, else plain text.
-        let chat = client.generate(&call(PromptInput::Chat { messages, tools: None })).await;
+        let chat = client
+            .generate(&call(PromptInput::Chat {
+                messages,
+                tools: None,
+            }))
+            .await;
         let mut generation = match chat {
             Err(CallWorker::Refused(error)) if error.kind != WorkerErrorKind::QueueFull => {
-                client.generate(&call(PromptInput::Text { text: question.prompt.clone() })).await?
+                client
+                    .generate(&call(PromptInput::Text {
+                        text: question.prompt.clone(),
+                    }))
+                    .await?
             }
             other => other?,
         };
@@ -202,14 +263,20 @@ impl Round {
                     first.get_or_insert_with(Instant::now);
                     text.push_str(&piece);
                 }
-                WorkerEvent::Finished { completion_tokens, .. } => tokens = completion_tokens,
+                WorkerEvent::Finished {
+                    completion_tokens, ..
+                } => tokens = completion_tokens,
                 WorkerEvent::Failed { message } => return Err(CallWorker::Protocol { found: message }),
             }
         }
         let first = first.unwrap_or_else(Instant::now);
         let decoding = first.elapsed().as_secs_f64();
         let pace = (tokens > 1 && decoding > 0.0).then(|| f64::from(tokens - 1) / decoding);
-        Ok(Answer { text, first_token: first.duration_since(started), tokens_per_second: pace })
+        Ok(Answer {
+            text,
+            first_token: first.duration_since(started),
+            tokens_per_second: pace,
+        })
     }
 }
 
@@ -224,7 +291,13 @@ fn expected(question: &InferenceCheck, answer: &str) -> Outcome {
     };
     match regex::RegexBuilder::new(pattern).size_limit(1 << 20).build() {
         Ok(pattern) if pattern.is_match(answer) => Outcome::Pass("answered as expected".to_owned()),
-        Ok(_) => fail(format!("the answer ({} characters) does not match {pattern:?}", answer.chars().count()), true),
+        Ok(_) => fail(
+            format!(
+                "the answer ({} characters) does not match {pattern:?}",
+                answer.chars().count()
+            ),
+            true,
+        ),
         Err(_) => Outcome::Unknown(format!("{pattern:?} is not a regular expression")),
     }
 }
@@ -245,7 +318,10 @@ fn hottest_celsius(thermal: &Path) -> Option<u32> {
         text.trim().parse::<i64>().ok()
     });
     // Sensors that are switched off report nonsense: what no machine survives is not a temperature.
-    let celsius = milli.map(|milli| milli / 1000).filter(|celsius| (1..200).contains(celsius)).max()?;
+    let celsius = milli
+        .map(|milli| milli / 1000)
+        .filter(|celsius| (1..200).contains(celsius))
+        .max()?;
     u32::try_from(celsius).ok()
 }
 
@@ -266,14 +342,24 @@ mod tests {
     use super::*;
 
     fn question(expect: Option<&str>) -> InferenceCheck {
-        InferenceCheck { expect: expect.map(str::to_owned), ..InferenceCheck::default() }
+        InferenceCheck {
+            expect: expect.map(str::to_owned),
+            ..InferenceCheck::default()
+        }
     }
 
     #[test]
     fn answers_are_held_to_the_pattern_and_never_repeated() {
         assert!(matches!(expected(&question(None), "anything"), Outcome::Pass(_)));
-        assert!(matches!(expected(&question(Some("(?i)paris")), "It is Paris."), Outcome::Pass(_)));
-        let Outcome::Fail { message, may_restart: true } = expected(&question(Some("Paris")), "secret") else {
+        assert!(matches!(
+            expected(&question(Some("(?i)paris")), "It is Paris."),
+            Outcome::Pass(_)
+        ));
+        let Outcome::Fail {
+            message,
+            may_restart: true,
+        } = expected(&question(Some("Paris")), "secret")
+        else {
             panic!("must fail")
         };
         assert!(!message.contains("secret"), "{message}");
@@ -284,12 +370,24 @@ mod tests {
     fn the_hottest_sensible_sensor_counts() {
         let thermal = tempfile::tempdir().expect("a folder");
         assert_eq!(hottest_celsius(thermal.path()), None);
-        for (zone, text) in [("a", "41000\n"), ("b", "67500\n"), ("c", "-274000\n"), ("d", "999000"), ("e", "x")] {
+        for (zone, text) in [
+            ("a", "41000\n"),
+            ("b", "67500\n"),
+            ("c", "-274000\n"),
+            ("d", "999000"),
+            ("e", "x"),
+        ] {
             std::fs::create_dir(thermal.path().join(zone)).expect("made");
             std::fs::write(thermal.path().join(zone).join("temp"), text).expect("written");
         }
         assert_eq!(hottest_celsius(thermal.path()), Some(67));
         assert!(matches!(hot_or_not(Some(67), 67), Outcome::Pass(_)));
-        assert!(matches!(hot_or_not(Some(68), 67), Outcome::Fail { may_restart: false, .. }));
+        assert!(matches!(
+            hot_or_not(Some(68), 67),
+            Outcome::Fail {
+                may_restart: false,
+                ..
+            }
+        ));
     }
 }

@@ -39,12 +39,19 @@ pub(super) fn socket(folder: &Path, assignment: &str, epoch: u64) -> PathBuf {
 }
 
 fn digest(text: &str) -> String {
-    hex::encode(Sha256::digest(text.as_bytes())).chars().take(12).collect()
+    hex::encode(Sha256::digest(text.as_bytes()))
+        .chars()
+        .take(12)
+        .collect()
 }
 
 /// Takes the agent's folder for this process alone; the lock goes with the file.
 pub(crate) fn lock(data_dir: &Path) -> std::io::Result<Option<File>> {
-    let file = File::options().create(true).truncate(false).write(true).open(data_dir.join("agent.lock"))?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(data_dir.join("agent.lock"))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(Some(file)),
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
@@ -56,11 +63,18 @@ pub(crate) fn lock(data_dir: &Path) -> std::io::Result<Option<File>> {
 /// does; this is for one that is stuck. It is known by its `--socket` in this folder.
 pub(crate) fn clear(folder: &Path) {
     for pid in orphans(folder) {
-        warn!(pid = pid.as_raw_nonzero().get(), "Ending a worker that an earlier agent left");
+        warn!(
+            pid = pid.as_raw_nonzero().get(),
+            "Ending a worker that an earlier agent left"
+        );
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.path().extension().is_some_and(|extension| extension == "sock") {
+        if entry
+            .path()
+            .extension()
+            .is_some_and(|extension| extension == "sock")
+        {
             let _ = fs::remove_file(entry.path());
         }
     }
@@ -71,7 +85,9 @@ fn orphans(folder: &Path) -> Vec<rustix::process::Pid> {
     let is_orphan = |cmdline: &[u8]| {
         let arguments: Vec<_> = cmdline.split(|&byte| byte == 0).collect();
         arguments.windows(2).any(|pair| match pair {
-            [flag, value] => *flag == b"--socket" && Path::new(&*String::from_utf8_lossy(value)).parent() == Some(folder),
+            [flag, value] => {
+                *flag == b"--socket" && Path::new(&*String::from_utf8_lossy(value)).parent() == Some(folder)
+            }
             _ => false,
         })
     };
@@ -80,7 +96,9 @@ fn orphans(folder: &Path) -> Vec<rustix::process::Pid> {
         .filter_map(|entry| {
             let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
             let cmdline = fs::read(entry.path().join("cmdline")).ok()?;
-            is_orphan(&cmdline).then(|| rustix::process::Pid::from_raw(pid)).flatten()
+            is_orphan(&cmdline)
+                .then(|| rustix::process::Pid::from_raw(pid))
+                .flatten()
         })
         .collect()
 }
@@ -99,7 +117,10 @@ mod tests {
             assert_eq!(prepare(data_dir).expect("again"), run);
             let socket = socket(&run, &"a".repeat(500), u64::from(u32::MAX));
             assert!(socket.as_os_str().len() < 104, "{socket:?}");
-            assert_eq!(fs::metadata(&run).expect("there").permissions().mode() & 0o777, 0o700);
+            assert_eq!(
+                fs::metadata(&run).expect("there").permissions().mode() & 0o777,
+                0o700
+            );
             fs::remove_dir(&run).expect("empty");
         }
     }

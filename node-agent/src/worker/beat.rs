@@ -15,7 +15,9 @@ const REST_EVERY: Duration = Duration::from_secs(5);
 
 /// Writes one line. A parent that is gone is noticed on stdin.
 pub(super) fn say(line: &WorkerLine) {
-    let Ok(mut text) = serde_json::to_vec(line) else { return };
+    let Ok(mut text) = serde_json::to_vec(line) else {
+        return;
+    };
     text.push(b'\n');
     let mut stdout = std::io::stdout().lock();
     let _ = stdout.write_all(&text).and_then(|()| stdout.flush());
@@ -28,7 +30,8 @@ pub(super) fn start(engine: Engine, embedding: Embedding) -> std::io::Result<()>
         let mut said: Option<Instant> = None;
         loop {
             let now = read(&engine, &embedding);
-            let moved = now.steps != last.steps || now.active + now.queued > 0 || last.active + last.queued > 0;
+            let moved =
+                now.steps != last.steps || now.active + now.queued > 0 || last.active + last.queued > 0;
             if moved || said.is_none_or(|said| said.elapsed() >= REST_EVERY) {
                 say(&WorkerLine::Beat(now));
                 said = Some(Instant::now());
@@ -37,7 +40,10 @@ pub(super) fn start(engine: Engine, embedding: Embedding) -> std::io::Result<()>
             std::thread::sleep(BUSY_EVERY);
         }
     };
-    std::thread::Builder::new().name("beat".to_owned()).spawn(beat).map(|_| ())
+    std::thread::Builder::new()
+        .name("beat".to_owned())
+        .spawn(beat)
+        .map(|_| ())
 }
 
 /// The counters now.
@@ -59,5 +65,9 @@ pub(super) fn read(engine: &Engine, embedding: &Embedding) -> WorkerBeat {
 fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+    line.split_whitespace()
+        .next()?
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib * 1024)
 }

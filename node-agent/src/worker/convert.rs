@@ -52,15 +52,22 @@ pub(super) fn event(event: freehold_engine::GenerateEvent) -> Option<WorkerEvent
     use freehold_engine::FinishReason as Engine;
     use freehold_engine::GenerateEvent::{Finished, Started, Text};
     Some(match event {
-        Started { prompt_tokens } => WorkerEvent::Started { prompt_tokens: count(prompt_tokens) },
-        Text { text, tokens } => WorkerEvent::Text { text, tokens: tokens.into_iter().map(logprob).collect() },
+        Started { prompt_tokens } => WorkerEvent::Started {
+            prompt_tokens: count(prompt_tokens),
+        },
+        Text { text, tokens } => WorkerEvent::Text {
+            text,
+            tokens: tokens.into_iter().map(logprob).collect(),
+        },
         Finished(end) => {
             let reason = match end.reason {
                 Engine::Stop => FinishReason::Stop,
                 Engine::Length => FinishReason::Length,
                 Engine::Error(message) => return Some(WorkerEvent::Failed { message }),
                 Engine::Cancelled => {
-                    return Some(WorkerEvent::Failed { message: "the request was cancelled".to_owned() });
+                    return Some(WorkerEvent::Failed {
+                        message: "the request was cancelled".to_owned(),
+                    });
                 }
             };
             WorkerEvent::Finished {
@@ -80,7 +87,11 @@ fn logprob(token: EngineLogprob) -> TokenLogprob {
         top: token
             .top
             .into_iter()
-            .map(|top| TopLogprob { token: top.text, bytes: top.bytes, logprob: top.logprob })
+            .map(|top| TopLogprob {
+                token: top.text,
+                bytes: top.bytes,
+                logprob: top.logprob,
+            })
             .collect(),
     }
 }
@@ -99,7 +110,12 @@ pub(super) fn refusal(reject: &Reject) -> WorkerError {
         Reject::Stopping => (WorkerErrorKind::Stopping, None, None),
         Reject::Compute(_) => (WorkerErrorKind::Internal, None, None),
     };
-    WorkerError { kind, message: reject.to_string(), field, retry_after_ms }
+    WorkerError {
+        kind,
+        message: reject.to_string(),
+        field,
+        retry_after_ms,
+    }
 }
 
 #[cfg(test)]
@@ -109,16 +125,29 @@ mod tests {
     #[test]
     fn absent_sampling_is_the_apis_default_and_zero_stays_greedy() {
         assert!((sampling(SamplingCall::default()).temperature - 1.0).abs() < f32::EPSILON);
-        let greedy = SamplingCall { temperature: Some(0.0), ..SamplingCall::default() };
+        let greedy = SamplingCall {
+            temperature: Some(0.0),
+            ..SamplingCall::default()
+        };
         assert_eq!(sampling(greedy), SamplingParams::default());
     }
 
     #[test]
     fn refusals_keep_their_field_and_their_pause() {
-        let full = refusal(&Reject::QueueFull { queued: 3, retry_after_ms: 250 });
-        assert_eq!((full.kind, full.retry_after_ms), (WorkerErrorKind::QueueFull, Some(250)));
+        let full = refusal(&Reject::QueueFull {
+            queued: 3,
+            retry_after_ms: 250,
+        });
+        assert_eq!(
+            (full.kind, full.retry_after_ms),
+            (WorkerErrorKind::QueueFull, Some(250))
+        );
         let (field, found, allowed) = ("sampling.top_p".to_owned(), "7".to_owned(), "0 to 1".to_owned());
-        let invalid = refusal(&Reject::InvalidRequest { field, found, allowed });
+        let invalid = refusal(&Reject::InvalidRequest {
+            field,
+            found,
+            allowed,
+        });
         assert_eq!(invalid.field.as_deref(), Some("sampling.top_p"));
         assert_eq!(invalid.kind, WorkerErrorKind::InvalidRequest);
     }

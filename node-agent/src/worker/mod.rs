@@ -81,11 +81,11 @@ pub enum KvArg {
 #[must_use]
 pub fn run(args: &WorkerArgs) -> ExitCode {
     lower_privileges();
-    // Without its agent a worker has no purpose: it ends at once, whatever it is doing.
+    // Without its agent a worker has no purpose: it ends at once, whatever it is doing. Not a word is
+    // said first: stderr may be gone too, and writing there would then panic.
     std::thread::spawn(|| {
         let mut byte = [0_u8; 1];
         while matches!(std::io::stdin().read(&mut byte), Ok(1)) {}
-        info!("The agent closed this worker");
         std::process::exit(0);
     });
     match load(args) {
@@ -94,7 +94,10 @@ pub fn run(args: &WorkerArgs) -> ExitCode {
             let (reason, permanent) = classify(&problem);
             let message = explain(&problem);
             error!(reason, message, "Failed to load model");
-            beat::say(&WorkerLine::Failed(WorkerFailed { reason: reason.to_owned(), message }));
+            beat::say(&WorkerLine::Failed(WorkerFailed {
+                reason: reason.to_owned(),
+                message,
+            }));
             ExitCode::from(if permanent { EXIT_PERMANENT } else { 1 })
         }
     }
@@ -102,7 +105,10 @@ pub fn run(args: &WorkerArgs) -> ExitCode {
 
 fn load(args: &WorkerArgs) -> Result<(Engine, WorkerReady), LoadModel> {
     let started = Instant::now();
-    beat::say(&WorkerLine::Loading(WorkerLoading { stage: "reading the model".to_owned(), fraction: 0.0 }));
+    beat::say(&WorkerLine::Loading(WorkerLoading {
+        stage: "reading the model".to_owned(),
+        fraction: 0.0,
+    }));
     let options = EngineOptions {
         device: match args.device {
             DeviceArg::Auto => DeviceChoice::Auto,
@@ -173,7 +179,10 @@ fn serve_until_closed(args: &WorkerArgs, engine: Engine, ready: WorkerReady) -> 
         Err(problem) => {
             let message = format!("failed to serve on {:?}: {problem}", args.socket);
             error!(message, "Failed to serve");
-            beat::say(&WorkerLine::Failed(WorkerFailed { reason: reason::CRASHED.to_owned(), message }));
+            beat::say(&WorkerLine::Failed(WorkerFailed {
+                reason: reason::CRASHED.to_owned(),
+                message,
+            }));
             ExitCode::FAILURE
         }
     }
@@ -183,7 +192,10 @@ fn serve_until_closed(args: &WorkerArgs, engine: Engine, ready: WorkerReady) -> 
 fn lower_privileges() {
     use rustix::process::{Resource, Rlimit, setrlimit};
     // No core dump holds a prompt; memory that runs out costs the worker, not the machine.
-    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
     if let Err(error) = setrlimit(Resource::Core, none) {
         info!(%error, "Core dumps stay as they are");
     }

@@ -37,7 +37,10 @@ pub(super) struct Embedding {
 impl Default for Embedding {
     fn default() -> Self {
         // The encoder uses all cores for one text; two at once gain nothing.
-        Self { turn: Arc::new(Semaphore::new(1)), present: Arc::default() }
+        Self {
+            turn: Arc::new(Semaphore::new(1)),
+            present: Arc::default(),
+        }
     }
 }
 
@@ -80,7 +83,11 @@ pub(super) fn router(engine: Engine, embedding: Embedding, ready: WorkerReady) -
         .route("/embed", post(embed))
         .route("/status", get(status))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
-        .with_state(Served { engine, embedding, ready: Arc::new(ready) })
+        .with_state(Served {
+            engine,
+            embedding,
+            ready: Arc::new(ready),
+        })
 }
 
 /// A refusal as an answer.
@@ -101,7 +108,12 @@ impl From<Reject> for Refused {
 impl Refused {
     fn internal(problem: &dyn std::fmt::Display) -> Self {
         let message = format!("the worker failed: {problem}");
-        Self(WorkerError { kind: WorkerErrorKind::Internal, message, field: None, retry_after_ms: None })
+        Self(WorkerError {
+            kind: WorkerErrorKind::Internal,
+            message,
+            field: None,
+            retry_after_ms: None,
+        })
     }
 }
 
@@ -120,7 +132,10 @@ fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Refused> {
 
 async fn status(State(served): State<Served>) -> Json<WorkerStatus> {
     let beat = beat::read(&served.engine, &served.embedding);
-    Json(WorkerStatus { ready: (*served.ready).clone(), beat })
+    Json(WorkerStatus {
+        ready: (*served.ready).clone(),
+        beat,
+    })
 }
 
 async fn generate(State(served): State<Served>, body: Bytes) -> Result<Response, Refused> {
@@ -138,7 +153,11 @@ async fn generate(State(served): State<Served>, body: Bytes) -> Result<Response,
         let _held: &GenerationHandle = &handle;
         line(&event)
     });
-    Ok(([(http::header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+    Ok((
+        [(http::header::CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(lines),
+    )
+        .into_response())
 }
 
 /// The prompt as text, where the answer begins with it.
@@ -148,7 +167,9 @@ fn echo(call: &GenerateCall, engine: &Engine) -> Option<String> {
         _ if !call.echo => None,
         Text { text } => Some(text.clone()),
         Tokens { tokens } => {
-            let known = tokens.iter().all(|&token| (token as usize) < engine.tokenizer().vocab_size());
+            let known = tokens
+                .iter()
+                .all(|&token| (token as usize) < engine.tokenizer().vocab_size());
             known.then(|| engine.tokenizer().decode(tokens))
         }
         Chat { .. } => None,
@@ -164,8 +185,13 @@ fn begin(
     let id = request.id.clone();
     let sink = move |event: GenerateEvent| {
         let started = matches!(event, GenerateEvent::Started { .. });
-        let Some(event) = convert::event(event) else { return ControlFlow::Continue(()) };
-        let echoed = echo.take_if(|_| started).map(|text| WorkerEvent::Text { text, tokens: Vec::new() });
+        let Some(event) = convert::event(event) else {
+            return ControlFlow::Continue(());
+        };
+        let echoed = echo.take_if(|_| started).map(|text| WorkerEvent::Text {
+            text,
+            tokens: Vec::new(),
+        });
         for event in std::iter::once(event).chain(echoed) {
             if events.try_send(event).is_err() {
                 debug!(request = %id, "Caller left or stalled");
@@ -186,21 +212,29 @@ fn line(event: &WorkerEvent) -> Result<Bytes, serde_json::Error> {
 async fn embed(State(served): State<Served>, body: Bytes) -> Result<Json<EmbedReply>, Refused> {
     let call: EmbedCall = parse(&body)?;
     let present = Present::enter(&served.embedding.present);
-    let turn = Arc::clone(&served.embedding.turn).acquire_owned().await.map_err(|error| Refused::internal(&error))?;
+    let turn = Arc::clone(&served.embedding.turn)
+        .acquire_owned()
+        .await
+        .map_err(|error| Refused::internal(&error))?;
     // A caller that leaves while it waits is gone here; once begun, its texts are computed one by one
     // until the handle below is dropped.
     let left = Arc::new(());
     let watch = Arc::downgrade(&left);
     let embedded = tokio::task::spawn_blocking(move || {
         let (_present, _turn) = (present, turn);
-        let mut reply = EmbedReply { vectors: Vec::with_capacity(call.input.len()), prompt_tokens: 0 };
+        let mut reply = EmbedReply {
+            vectors: Vec::with_capacity(call.input.len()),
+            prompt_tokens: 0,
+        };
         for input in call.input {
             if watch.strong_count() == 0 {
                 return Err(Reject::Stopping);
             }
             let text: Prompt = convert::embed_input(input);
             let embedded = served.engine.embed(std::slice::from_ref(&text))?;
-            reply.prompt_tokens = reply.prompt_tokens.saturating_add(convert::count(embedded.prompt_tokens));
+            reply.prompt_tokens = reply
+                .prompt_tokens
+                .saturating_add(convert::count(embedded.prompt_tokens));
             reply.vectors.extend(embedded.vectors);
         }
         Ok(reply)

@@ -6,8 +6,14 @@ use freehold_crds::model_deployment::{Activation, ActivationMode};
 use crate::harness::{Machine, Setup, assignment, chat_model, eventually, spec};
 
 fn on_demand(name: &str, idle_seconds: u32) -> Assignment {
-    let activation = Activation { mode: ActivationMode::OnDemand, idle_seconds };
-    Assignment { activation, ..assignment(name, "1", &chat_model()) }
+    let activation = Activation {
+        mode: ActivationMode::OnDemand,
+        idle_seconds,
+    };
+    Assignment {
+        activation,
+        ..assignment(name, "1", &chat_model())
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -22,12 +28,20 @@ async fn model_sleeps_wakes_for_a_request_and_sleeps_again() {
     machine.phase(&sleeper.name, Phase::Idle).await;
     eventually("sleep", || async {
         let workers = machine.workers();
-        if workers.is_empty() { Ok(()) } else { Err(format!("{workers:?}")) }
+        if workers.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{workers:?}"))
+        }
     })
     .await;
     assert_eq!(machine.chat("chat").await.0, 200);
     let instance = machine.phase(&sleeper.name, Phase::Idle).await;
-    assert_eq!((instance.restarts, instance.last_exit), (0, None), "sleep is no crash");
+    assert_eq!(
+        (instance.restarts, instance.last_exit),
+        (0, None),
+        "sleep is no crash"
+    );
     machine.stop().await;
 }
 
@@ -35,7 +49,10 @@ async fn model_sleeps_wakes_for_a_request_and_sleeps_again() {
 async fn sleeper_gives_its_memory_to_the_one_that_is_asked() {
     let (one, other) = (on_demand("one", 600), on_demand("other", 600));
     // One replica needs about 170 MiB: there is room for one of the two.
-    let setup = Setup { memory_limit: Some(300 << 20), ..Setup::default() };
+    let setup = Setup {
+        memory_limit: Some(300 << 20),
+        ..Setup::default()
+    };
     let mut machine = Machine::start(setup, spec(&[one.clone(), other.clone()])).await;
     machine.phase(&one.name, Phase::Idle).await;
     machine.phase(&other.name, Phase::Idle).await;

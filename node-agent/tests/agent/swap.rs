@@ -49,13 +49,21 @@ async fn surge_swaps_a_model_without_a_failed_request() {
         machine.set_spec(spec(std::slice::from_ref(&new))).await;
         eventually("the old revision's end", || async {
             let instances = machine.status().await.instances;
-            if instances.len() == 1 && machine.workers().len() == 1 { Ok(()) } else { Err(format!("{instances:?}")) }
+            if instances.len() == 1 && machine.workers().len() == 1 {
+                Ok(())
+            } else {
+                Err(format!("{instances:?}"))
+            }
         })
         .await;
         let after = served.load(Ordering::SeqCst) + 4;
         eventually("requests after the swap", || async {
             let now = served.load(Ordering::SeqCst);
-            if now >= after { Ok(()) } else { Err(now.to_string()) }
+            if now >= after {
+                Ok(())
+            } else {
+                Err(now.to_string())
+            }
         })
         .await;
     }
@@ -71,7 +79,10 @@ async fn replacement_loads_when_the_old_one_has_left_memory() {
     let old = assignment("chat", "old", &chat_model());
     let mut new = assignment("chat", "new", &chat_model());
     new.engine.context_length = Some(320);
-    let setup = Setup { memory_limit: Some(300 << 20), ..Setup::default() };
+    let setup = Setup {
+        memory_limit: Some(300 << 20),
+        ..Setup::default()
+    };
     let mut machine = Machine::start(setup, spec(std::slice::from_ref(&old))).await;
     machine.phase(&old.name, Phase::Ready).await;
     let generation = machine.set_spec(spec(std::slice::from_ref(&new))).await;

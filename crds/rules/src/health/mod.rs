@@ -57,7 +57,11 @@ impl CheckState {
                 return;
             }
         };
-        self.in_a_row = if passing == self.passing { self.in_a_row.saturating_add(1) } else { 1 };
+        self.in_a_row = if passing == self.passing {
+            self.in_a_row.saturating_add(1)
+        } else {
+            1
+        };
         self.passing = passing;
         self.may_restart = may_restart;
         let (threshold, state) = if passing {
@@ -117,7 +121,11 @@ impl RestartBook {
     /// Restarts within the last `window`.
     #[must_use]
     pub fn within(&self, now: Duration, window: Duration) -> u32 {
-        let count = self.at.iter().filter(|at| now.saturating_sub(**at) < window).count();
+        let count = self
+            .at
+            .iter()
+            .filter(|at| now.saturating_sub(**at) < window)
+            .count();
         u32::try_from(count).unwrap_or(u32::MAX)
     }
 
@@ -185,18 +193,30 @@ pub fn remedy(remediation: &Remediation, book: &RestartBook, here: Circumstances
     let cooldown = Duration::from_secs(remediation.cooldown_seconds.into())
         .saturating_mul(1 << restarts.saturating_sub(1).min(10));
     let young = here.now.saturating_sub(here.ready_since) < minimum_run;
-    let cooling = book.last().is_some_and(|last| here.now.saturating_sub(last) < cooldown);
-    if young || cooling { Remedy::Wait } else { Remedy::Restart }
+    let cooling = book
+        .last()
+        .is_some_and(|last| here.now.saturating_sub(last) < cooldown);
+    if young || cooling {
+        Remedy::Wait
+    } else {
+        Remedy::Restart
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const THREE_TIMES: Thresholds = Thresholds { failure: 3, success: 2 };
+    const THREE_TIMES: Thresholds = Thresholds {
+        failure: 3,
+        success: 2,
+    };
 
     fn fail() -> Outcome {
-        Outcome::Fail { message: "no answer".to_owned(), may_restart: true }
+        Outcome::Fail {
+            message: "no answer".to_owned(),
+            may_restart: true,
+        }
     }
 
     fn pass() -> Outcome {
@@ -208,31 +228,58 @@ mod tests {
         let mut check = CheckState::default();
         assert_eq!(check.state(), ProbeState::Unknown);
         let mut seen = Vec::new();
-        for outcome in [pass(), fail(), fail(), pass(), fail(), fail(), fail(), pass(), pass()] {
+        for outcome in [
+            pass(),
+            fail(),
+            fail(),
+            pass(),
+            fail(),
+            fail(),
+            fail(),
+            pass(),
+            pass(),
+        ] {
             check.observe(outcome, THREE_TIMES);
             seen.push(check.state());
         }
         use ProbeState::{Failing, Healthy};
-        assert_eq!(seen, [Healthy, Healthy, Healthy, Healthy, Healthy, Healthy, Failing, Failing, Healthy]);
+        assert_eq!(
+            seen,
+            [
+                Healthy, Healthy, Healthy, Healthy, Healthy, Healthy, Failing, Failing, Healthy
+            ]
+        );
     }
 
     #[test]
     fn what_cannot_be_measured_counts_neither_way() {
         let mut check = CheckState::default();
         check.observe(Outcome::Unknown("no sensor".to_owned()), THREE_TIMES);
-        assert_eq!((check.state(), check.message()), (ProbeState::Unknown, Some("no sensor")));
+        assert_eq!(
+            (check.state(), check.message()),
+            (ProbeState::Unknown, Some("no sensor"))
+        );
         for _ in 0..3 {
             check.observe(fail(), THREE_TIMES);
             check.observe(Outcome::Unknown("busy".to_owned()), THREE_TIMES);
         }
-        assert_eq!((check.state(), check.message()), (ProbeState::Failing, Some("no answer")));
+        assert_eq!(
+            (check.state(), check.message()),
+            (ProbeState::Failing, Some("no answer"))
+        );
     }
 
     #[test]
     fn slowness_asks_for_no_restart() {
         let mut check = CheckState::default();
         for _ in 0..9 {
-            check.observe(Outcome::Fail { message: "slow".to_owned(), may_restart: false }, THREE_TIMES);
+            check.observe(
+                Outcome::Fail {
+                    message: "slow".to_owned(),
+                    may_restart: false,
+                },
+                THREE_TIMES,
+            );
         }
         assert_eq!(check.state(), ProbeState::Failing);
         assert!(!check.asks_for_restart());
@@ -268,7 +315,10 @@ mod tests {
         assert_eq!(remedy(&remediation(), &book, at(159)), Remedy::Wait);
         assert_eq!(remedy(&remediation(), &book, at(160)), Remedy::Restart);
         book.note(Duration::from_secs(160));
-        assert!(matches!(remedy(&remediation(), &book, at(500)), Remedy::Suspend(_)));
+        assert!(matches!(
+            remedy(&remediation(), &book, at(500)),
+            Remedy::Suspend(_)
+        ));
         // The window has moved on: one is forgotten, and the cooldown is over.
         assert_eq!(remedy(&remediation(), &book, at(1060)), Remedy::Restart);
     }
@@ -276,17 +326,30 @@ mod tests {
     #[test]
     fn a_policy_can_be_stricter_than_the_probe() {
         let mut book = RestartBook::default();
-        let strict = Circumstances { most_an_hour: Some(1), ..at(400) };
+        let strict = Circumstances {
+            most_an_hour: Some(1),
+            ..at(400)
+        };
         assert_eq!(remedy(&remediation(), &book, strict), Remedy::Restart);
         book.note(Duration::from_secs(100));
-        assert!(matches!(remedy(&remediation(), &book, strict), Remedy::Suspend(_)));
+        assert!(matches!(
+            remedy(&remediation(), &book, strict),
+            Remedy::Suspend(_)
+        ));
     }
 
     #[test]
     fn a_storm_is_not_answered_with_restarts() {
-        let remediation = Remediation { min_healthy_percent: 50, ..remediation() };
+        let remediation = Remediation {
+            min_healthy_percent: 50,
+            ..remediation()
+        };
         let book = RestartBook::default();
-        let storm = Circumstances { healthy: 1, replicas: 4, ..at(400) };
+        let storm = Circumstances {
+            healthy: 1,
+            replicas: 4,
+            ..at(400)
+        };
         assert!(matches!(remedy(&remediation, &book, storm), Remedy::Suspend(_)));
         let one = Circumstances { healthy: 3, ..storm };
         assert_eq!(remedy(&remediation, &book, one), Remedy::Restart);

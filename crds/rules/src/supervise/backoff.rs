@@ -18,7 +18,10 @@ impl Backoff {
     /// No failure yet. Equal seeds give equal pauses.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self { failures: 0, random: seed }
+        Self {
+            failures: 0,
+            random: seed,
+        }
     }
 
     /// Failures in a row.

@@ -119,13 +119,24 @@ pub struct Run {
 
 impl Run {
     fn new(now: Duration) -> Self {
-        Self { since: now, heard: now, steps: 0, advanced: now, busy: false, last_request: now }
+        Self {
+            since: now,
+            heard: now,
+            steps: 0,
+            advanced: now,
+            busy: false,
+            last_request: now,
+        }
     }
 
     /// For how long it has stood still with work in flight.
     #[must_use]
     pub fn stalled_for(&self, now: Duration) -> Duration {
-        if self.busy { now.saturating_sub(self.advanced) } else { Duration::ZERO }
+        if self.busy {
+            now.saturating_sub(self.advanced)
+        } else {
+            Duration::ZERO
+        }
     }
 }
 
@@ -329,9 +340,11 @@ impl Watchdog {
         match event {
             Event::Begin => self.begin(),
             Event::Fetched => self.fetched(),
-            Event::FetchFailed { reason, message, permanent } => {
-                self.fetch_failed(now, reason, message, permanent)
-            }
+            Event::FetchFailed {
+                reason,
+                message,
+                permanent,
+            } => self.fetch_failed(now, reason, message, permanent),
             Event::Reserved => self.reserved(now),
             Event::NoMemory { message, freeing } => self.no_memory(message, freeing),
             Event::MemoryChanged => self.memory_changed(),
@@ -342,7 +355,10 @@ impl Watchdog {
             }
             Event::Exited { how, permanent } => self.exited(now, how, permanent),
             Event::Beat { steps, busy } => self.beat(now, steps, busy),
-            Event::Traffic { in_flight, last_request } => self.traffic(now, in_flight, last_request),
+            Event::Traffic {
+                in_flight,
+                last_request,
+            } => self.traffic(now, in_flight, last_request),
             Event::Activate => self.activate(now),
             Event::Evict => {
                 if self.on_demand() {
@@ -401,9 +417,17 @@ impl Watchdog {
             return Vec::new();
         }
         self.stage = if permanent {
-            Stage::Failed { reason: reason.to_owned(), message }
+            Stage::Failed {
+                reason: reason.to_owned(),
+                message,
+            }
         } else {
-            Stage::Backoff { until: now + self.backoff.next_pause(), fetched: false, reason, message }
+            Stage::Backoff {
+                until: now + self.backoff.next_pause(),
+                fetched: false,
+                reason,
+                message,
+            }
         };
         Vec::new()
     }
@@ -425,10 +449,14 @@ impl Watchdog {
             return Vec::new();
         }
         self.stage = if freeing {
-            Stage::Waiting { message: Some(message) }
+            Stage::Waiting {
+                message: Some(message),
+            }
         } else if self.on_demand() {
             self.wake = false;
-            Stage::Asleep { message: Some(message) }
+            Stage::Asleep {
+                message: Some(message),
+            }
         } else {
             Stage::Refused { message }
         };
@@ -497,7 +525,12 @@ impl Watchdog {
             times => format!("the worker ended {times} times in a row, last: {how}"),
         };
         self.last_exit = Some(how);
-        self.stage = Stage::Backoff { until, fetched: true, reason: reason::CRASHED, message };
+        self.stage = Stage::Backoff {
+            until,
+            fetched: true,
+            reason: reason::CRASHED,
+            message,
+        };
     }
 
     fn beat(&mut self, now: Duration, steps: u64, busy: bool) -> Vec<Action> {
@@ -541,8 +574,15 @@ impl Watchdog {
                 self.wake = true;
                 self.rest_or_reserve()
             }
-            Stage::Draining { run, then: Then::Sleep, .. } => {
-                self.stage = Stage::Ready(Run { last_request: now, ..*run });
+            Stage::Draining {
+                run,
+                then: Then::Sleep,
+                ..
+            } => {
+                self.stage = Stage::Ready(Run {
+                    last_request: now,
+                    ..*run
+                });
                 Vec::new()
             }
             Stage::Ready(_) | Stage::Failed { .. } | Stage::Refused { .. } | Stage::Gone => Vec::new(),
@@ -555,15 +595,25 @@ impl Watchdog {
 
     fn drain(&mut self, now: Duration, then: Then) {
         if let Stage::Ready(run) = self.stage {
-            self.stage = Stage::Draining { since: now, run, then };
+            self.stage = Stage::Draining {
+                since: now,
+                run,
+                then,
+            };
         }
     }
 
     fn restart(&mut self, now: Duration, cause: String, drain: bool) -> Vec<Action> {
-        let Stage::Ready(run) = self.stage else { return Vec::new() };
+        let Stage::Ready(run) = self.stage else {
+            return Vec::new();
+        };
         let then = Then::Restart { cause };
         if drain {
-            self.stage = Stage::Draining { since: now, run, then };
+            self.stage = Stage::Draining {
+                since: now,
+                run,
+                then,
+            };
             return Vec::new();
         }
         self.stage = Stage::Stopping { then };
@@ -595,12 +645,17 @@ impl Watchdog {
         match &self.stage {
             Stage::Loading { since } if now >= *since + LOAD_LIMIT => {
                 let cause = format!("loading took longer than {} s", LOAD_LIMIT.as_secs());
-                self.stage = Stage::Stopping { then: Then::Restart { cause } };
+                self.stage = Stage::Stopping {
+                    then: Then::Restart { cause },
+                };
                 vec![Action::Kill]
             }
             Stage::Ready(run) => {
                 let cause = if run.stalled_for(now) >= STALL_LIMIT {
-                    format!("it stood still for {} s with requests in flight", STALL_LIMIT.as_secs())
+                    format!(
+                        "it stood still for {} s with requests in flight",
+                        STALL_LIMIT.as_secs()
+                    )
                 } else if now >= run.heard + SILENCE_LIMIT {
                     format!("no sign of it for {} s", SILENCE_LIMIT.as_secs())
                 } else {

@@ -9,11 +9,20 @@ fn always() -> Watchdog {
 }
 
 fn on_demand(idle_seconds: u32) -> Watchdog {
-    Watchdog::new(Activation { mode: ActivationMode::OnDemand, idle_seconds }, 7)
+    Watchdog::new(
+        Activation {
+            mode: ActivationMode::OnDemand,
+            idle_seconds,
+        },
+        7,
+    )
 }
 
 fn crash() -> Event {
-    Event::Exited { how: "killed by signal 9".to_owned(), permanent: false }
+    Event::Exited {
+        how: "killed by signal 9".to_owned(),
+        permanent: false,
+    }
 }
 
 /// From the start to Ready at `now`.
@@ -40,7 +49,13 @@ fn recover(watchdog: &mut Watchdog) -> Duration {
 fn crashed_worker_comes_back_after_a_short_pause() {
     let mut watchdog = ready(always(), seconds(1));
     assert_eq!(watchdog.step(seconds(10), crash()), [Action::Release]);
-    assert!(matches!(watchdog.stage(), Stage::Backoff { reason: "Crashed", .. }));
+    assert!(matches!(
+        watchdog.stage(),
+        Stage::Backoff {
+            reason: "Crashed",
+            ..
+        }
+    ));
     let back = recover(&mut watchdog);
     assert!(back > seconds(10) && back < seconds(11), "{back:?}");
     assert_eq!(watchdog.restarts(), 1);
@@ -57,7 +72,10 @@ fn crash_loop_pauses_grow_to_a_bound_and_a_good_run_forgives() {
         pauses.push(back - now);
         now = back;
     }
-    assert!(pauses.windows(2).take(8).all(|pair| pair[0] < pair[1]), "{pauses:?}");
+    assert!(
+        pauses.windows(2).take(8).all(|pair| pair[0] < pair[1]),
+        "{pauses:?}"
+    );
     assert!(pauses.iter().all(|pause| *pause <= seconds(375)), "{pauses:?}");
     assert!(*pauses.last().expect("pauses") >= seconds(225));
     now += GOOD_RUN;
@@ -72,10 +90,25 @@ fn permanent_failure_is_not_tried_again() {
     watchdog.step(seconds(0), Event::Fetched);
     watchdog.step(seconds(0), Event::Reserved);
     let (reason, message) = ("InvalidModel".to_owned(), "no tensor output.weight".to_owned());
-    watchdog.step(seconds(1), Event::GaveUp { reason, message: message.clone() });
-    let exit = Event::Exited { how: "exit status 3".to_owned(), permanent: true };
+    watchdog.step(
+        seconds(1),
+        Event::GaveUp {
+            reason,
+            message: message.clone(),
+        },
+    );
+    let exit = Event::Exited {
+        how: "exit status 3".to_owned(),
+        permanent: true,
+    };
     assert_eq!(watchdog.step(seconds(1), exit), [Action::Release]);
-    assert_eq!(watchdog.stage(), &Stage::Failed { reason: "InvalidModel".to_owned(), message });
+    assert_eq!(
+        watchdog.stage(),
+        &Stage::Failed {
+            reason: "InvalidModel".to_owned(),
+            message
+        }
+    );
     assert_eq!(watchdog.deadline(), None);
     assert_eq!(watchdog.step(seconds(9999), Event::Tick), []);
 }
@@ -87,17 +120,37 @@ fn slow_work_is_left_alone_and_standing_still_is_not() {
         // One step a minute: slow, and moving.
         for second in 0..60 {
             let now = seconds(minute * 60 + second);
-            assert_eq!(watchdog.step(now, Event::Beat { steps: minute, busy: true }), []);
+            assert_eq!(
+                watchdog.step(
+                    now,
+                    Event::Beat {
+                        steps: minute,
+                        busy: true
+                    }
+                ),
+                []
+            );
         }
     }
     let mut now = seconds(60 * 60);
     let mut killed = Vec::new();
     while killed.is_empty() && now < seconds(2 * 60 * 60) {
         now += seconds(1);
-        killed = watchdog.step(now, Event::Beat { steps: 59, busy: true });
+        killed = watchdog.step(
+            now,
+            Event::Beat {
+                steps: 59,
+                busy: true,
+            },
+        );
     }
     assert_eq!(killed, [Action::Kill]);
-    assert!(matches!(watchdog.stage(), Stage::Stopping { then: Then::Restart { .. } }));
+    assert!(matches!(
+        watchdog.stage(),
+        Stage::Stopping {
+            then: Then::Restart { .. }
+        }
+    ));
     watchdog.step(now, crash());
     assert!(watchdog.last_exit().expect("an exit").contains("stood still"));
 }
@@ -106,11 +159,26 @@ fn slow_work_is_left_alone_and_standing_still_is_not() {
 fn rest_is_not_a_stall() {
     let mut watchdog = ready(always(), seconds(0));
     for beat in 1..1000 {
-        assert_eq!(watchdog.step(seconds(beat * 5), Event::Beat { steps: 3, busy: false }), []);
+        assert_eq!(
+            watchdog.step(
+                seconds(beat * 5),
+                Event::Beat {
+                    steps: 3,
+                    busy: false
+                }
+            ),
+            []
+        );
     }
     // Work begins after a long rest: the rest does not count.
-    assert_eq!(watchdog.step(seconds(5000), Event::Beat { steps: 3, busy: true }), []);
-    assert_eq!(watchdog.run().expect("a run").stalled_for(seconds(5001)), seconds(1));
+    assert_eq!(
+        watchdog.step(seconds(5000), Event::Beat { steps: 3, busy: true }),
+        []
+    );
+    assert_eq!(
+        watchdog.run().expect("a run").stalled_for(seconds(5001)),
+        seconds(1)
+    );
 }
 
 #[test]
@@ -125,8 +193,26 @@ fn removal_waits_for_requests_in_flight() {
     let mut watchdog = ready(always(), seconds(0));
     watchdog.step(seconds(10), Event::Remove);
     assert!(matches!(watchdog.stage(), Stage::Draining { .. }));
-    assert_eq!(watchdog.step(seconds(12), Event::Traffic { in_flight: 2, last_request: None }), []);
-    assert_eq!(watchdog.step(seconds(13), Event::Traffic { in_flight: 0, last_request: None }), [Action::Stop]);
+    assert_eq!(
+        watchdog.step(
+            seconds(12),
+            Event::Traffic {
+                in_flight: 2,
+                last_request: None
+            }
+        ),
+        []
+    );
+    assert_eq!(
+        watchdog.step(
+            seconds(13),
+            Event::Traffic {
+                in_flight: 0,
+                last_request: None
+            }
+        ),
+        [Action::Stop]
+    );
     assert_eq!(watchdog.step(seconds(13), crash()), [Action::Release]);
     assert_eq!(watchdog.stage(), &Stage::Gone);
 }
@@ -150,13 +236,22 @@ fn on_demand_sleeps_until_a_request_and_again_after_its_idle_time() {
     watchdog.step(seconds(2), Event::Reserved);
     watchdog.step(seconds(3), Event::Loaded);
     // A long request keeps it awake.
-    let traffic = |in_flight, last| Event::Traffic { in_flight, last_request: Some(seconds(last)) };
+    let traffic = |in_flight, last| Event::Traffic {
+        in_flight,
+        last_request: Some(seconds(last)),
+    };
     watchdog.step(seconds(100), traffic(1, 3));
     assert!(watchdog.run().is_some());
     watchdog.step(seconds(159), traffic(0, 100));
     assert!(watchdog.run().is_some());
     watchdog.step(seconds(160), traffic(0, 100));
-    assert!(matches!(watchdog.stage(), Stage::Draining { then: Then::Sleep, .. }));
+    assert!(matches!(
+        watchdog.stage(),
+        Stage::Draining {
+            then: Then::Sleep,
+            ..
+        }
+    ));
     assert_eq!(watchdog.step(seconds(161), traffic(0, 100)), [Action::Stop]);
     assert_eq!(watchdog.step(seconds(161), crash()), [Action::Release]);
     assert_eq!(watchdog.stage(), &Stage::Asleep { message: None });
@@ -166,15 +261,36 @@ fn on_demand_sleeps_until_a_request_and_again_after_its_idle_time() {
 #[test]
 fn request_that_comes_while_it_falls_asleep_is_served() {
     let mut watchdog = ready(on_demand(1), seconds(0));
-    watchdog.step(seconds(5), Event::Traffic { in_flight: 0, last_request: None });
+    watchdog.step(
+        seconds(5),
+        Event::Traffic {
+            in_flight: 0,
+            last_request: None,
+        },
+    );
     assert!(matches!(watchdog.stage(), Stage::Draining { .. }));
     watchdog.step(seconds(5), Event::Activate);
     assert!(watchdog.run().is_some(), "its worker is still there");
-    watchdog.step(seconds(7), Event::Traffic { in_flight: 0, last_request: None });
-    watchdog.step(seconds(8), Event::Traffic { in_flight: 0, last_request: None });
+    watchdog.step(
+        seconds(7),
+        Event::Traffic {
+            in_flight: 0,
+            last_request: None,
+        },
+    );
+    watchdog.step(
+        seconds(8),
+        Event::Traffic {
+            in_flight: 0,
+            last_request: None,
+        },
+    );
     assert!(matches!(watchdog.stage(), Stage::Stopping { .. }));
     watchdog.step(seconds(8), Event::Activate);
-    assert_eq!(watchdog.step(seconds(9), crash()), [Action::Release, Action::Reserve]);
+    assert_eq!(
+        watchdog.step(seconds(9), crash()),
+        [Action::Release, Action::Reserve]
+    );
 }
 
 #[test]
@@ -182,7 +298,10 @@ fn memory_that_is_being_freed_is_waited_for_and_missing_memory_refused() {
     let mut watchdog = always();
     watchdog.step(seconds(0), Event::Begin);
     watchdog.step(seconds(0), Event::Fetched);
-    let no = |freeing| Event::NoMemory { message: "needs 9, 5 are free".to_owned(), freeing };
+    let no = |freeing| Event::NoMemory {
+        message: "needs 9, 5 are free".to_owned(),
+        freeing,
+    };
     watchdog.step(seconds(1), no(true));
     assert!(matches!(watchdog.stage(), Stage::Waiting { message: Some(_) }));
     assert_eq!(watchdog.step(seconds(2), Event::MemoryChanged), [Action::Reserve]);
@@ -194,7 +313,11 @@ fn memory_that_is_being_freed_is_waited_for_and_missing_memory_refused() {
 
 #[test]
 fn failed_fetch_is_tried_again_and_a_wrong_digest_is_not() {
-    let failed = |permanent| Event::FetchFailed { reason: "FetchFailed", message: "no route".to_owned(), permanent };
+    let failed = |permanent| Event::FetchFailed {
+        reason: "FetchFailed",
+        message: "no route".to_owned(),
+        permanent,
+    };
     let mut watchdog = always();
     watchdog.step(seconds(0), Event::Begin);
     watchdog.step(seconds(1), failed(false));
@@ -218,15 +341,27 @@ mod properties {
                 permanent
             }),
             Just(Event::Reserved),
-            any::<bool>().prop_map(|freeing| Event::NoMemory { message: String::new(), freeing }),
+            any::<bool>().prop_map(|freeing| Event::NoMemory {
+                message: String::new(),
+                freeing
+            }),
             Just(Event::MemoryChanged),
             Just(Event::Loaded),
-            any::<bool>().prop_map(|permanent| Event::Exited { how: String::new(), permanent }),
+            any::<bool>().prop_map(|permanent| Event::Exited {
+                how: String::new(),
+                permanent
+            }),
             (0..4_u64, any::<bool>()).prop_map(|(steps, busy)| Event::Beat { steps, busy }),
-            (0..2_usize).prop_map(|in_flight| Event::Traffic { in_flight, last_request: None }),
+            (0..2_usize).prop_map(|in_flight| Event::Traffic {
+                in_flight,
+                last_request: None
+            }),
             Just(Event::Activate),
             Just(Event::Evict),
-            any::<bool>().prop_map(|drain| Event::Restart { cause: String::new(), drain }),
+            any::<bool>().prop_map(|drain| Event::Restart {
+                cause: String::new(),
+                drain
+            }),
             Just(Event::Remove),
             Just(Event::Tick),
         ]
