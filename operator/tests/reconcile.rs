@@ -490,3 +490,29 @@ async fn what_the_api_refuses_is_tried_again_with_growing_pauses() {
     operator.line.refuse_writes(false);
     world.until_ready("chat").await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_machine_takes_over_a_changed_label_of_its_lease() {
+    let world = World::new();
+    let agent = world.agent("pi");
+    let _operator = world.operator().await;
+    world
+        .until(&world.nodes(), "pi", "was registered", |_| true)
+        .await;
+    let_pass(60).await;
+    // The agent is stopped, so that it does not put its own label back.
+    drop(agent);
+    let relabelled = json!({"metadata": {"labels": {"zone": null, "floor": "2"}}});
+    let person = PatchParams::default();
+    world
+        .leases()
+        .patch("pi", &person, &Patch::Merge(&relabelled))
+        .await
+        .unwrap();
+    world
+        .until(&world.nodes(), "pi", "took over the labels", |node| {
+            let labels = node.metadata.labels.clone().unwrap_or_default();
+            labels.get("floor").map(String::as_str) == Some("2") && !labels.contains_key("zone")
+        })
+        .await;
+}
