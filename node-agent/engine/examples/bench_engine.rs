@@ -186,7 +186,10 @@ fn median(numbers: impl Iterator<Item = f64>) -> f64 {
 
 fn main() -> Outcome<()> {
     let mut arguments = std::env::args().skip(1);
-    let path: PathBuf = arguments.next().ok_or("usage: bench_engine FILE.gguf [RUNS]")?.into();
+    let path: PathBuf = arguments
+        .next()
+        .ok_or("usage: bench_engine FILE.gguf [RUNS]")?
+        .into();
     let runs: usize = arguments.next().map_or(Ok(5), |runs| runs.parse())?;
     let started = Instant::now();
     let ours = Ours::load(&path)?;

@@ -20,7 +20,6 @@ const TEXTS: &[&str] = &[
     "emoji 🎉🎊 and zero\u{200d}width\u{feff} and\ttabs\r\nand lines",
     "antidisestablishmentarianism supercalifragilisticexpialidocious",
     "3.14159 is about 22/7; 1,000,000 > 999_999 #hash @at $5.00",
-    "[CLS] typed by a user [SEP] is text or a token [MASK]",
     "control\u{0}\u{7}\u{fffd}characters",
     "हिन्दी में एक वाक्य और ภาษาไทยหนึ่งประโยค",
 ];
@@ -97,7 +96,7 @@ fn tokens_equal_the_references() {
         add: true,
         parse: false,
     };
-    for text in texts().iter().filter(|text| !text.contains("[CLS]")) {
+    for text in &texts() {
         let theirs = tokenizer.encode(text.as_str(), true).unwrap();
         assert_eq!(
             engine.tokenizer().encode(text, special),
@@ -119,7 +118,8 @@ fn likeness_follows_meaning() {
     ];
     let prompts = texts.map(|text| Prompt::Text(text.to_owned()));
     let vectors = engine().embed(&prompts).unwrap().vectors;
-    let likeness = |a: usize, b: usize| -> f32 { vectors[a].iter().zip(&vectors[b]).map(|(x, y)| x * y).sum() };
+    let likeness =
+        |a: usize, b: usize| -> f32 { vectors[a].iter().zip(&vectors[b]).map(|(x, y)| x * y).sum() };
     assert!(likeness(0, 1) > 0.4 && likeness(0, 1) > likeness(0, 2) + 0.3);
 }
 
@@ -180,8 +180,16 @@ fn damaged_folders_are_refused_with_the_reason() {
         ("\"bert\"", "\"gpt2\"", "model_type"),
         ("384", "383", "hidden_size"),
         ("384", "768", "shape of tensor"),
-        ("\"num_hidden_layers\": 6", "\"num_hidden_layers\": 7", "encoder.layer.6"),
-        ("\"num_hidden_layers\": 6", "\"num_hidden_layers\": 4000000000", "num_hidden_layers"),
+        (
+            "\"num_hidden_layers\": 6",
+            "\"num_hidden_layers\": 7",
+            "encoder.layer.6",
+        ),
+        (
+            "\"num_hidden_layers\": 6",
+            "\"num_hidden_layers\": 4000000000",
+            "num_hidden_layers",
+        ),
         ("\"gelu\"", "\"swish\"", "hidden_act"),
         ("{", "{{", "config.json"),
     ] {

@@ -34,9 +34,9 @@ fn memory_stays_near_the_files_size_and_idleness_costs_nothing() {
         ..EngineOptions::default()
     };
     let engine = Engine::load(&path, &options, |_| ()).unwrap();
-    let prompt: Vec<u32> = tokens(&engine, &PROMPTS.join(" ").repeat(3));
-    let context = prompt.len() as u64 + 16;
-    answer(&engine, request(prompt, 16));
+    let prompt: Vec<u32> = tokens(&engine, &PROMPTS.join(" "));
+    let context = prompt.len() as u64 + 8;
+    answer(&engine, request(prompt, 8));
     let kv = engine.facts().kv_bytes_per_token(KvType::F16) * context;
     let (resident, allowed) = (resident(), file * 13 / 10 + kv);
     println!(
@@ -45,7 +45,10 @@ fn memory_stays_near_the_files_size_and_idleness_costs_nothing() {
         file >> 20,
         kv >> 20
     );
-    assert!(resident <= allowed, "{resident} bytes are resident, {allowed} allowed");
+    assert!(
+        resident <= allowed,
+        "{resident} bytes are resident, {allowed} allowed"
+    );
 
     eventually("the engine is idle", || engine.progress().active == 0);
     let steps = engine.progress().steps;
@@ -54,6 +57,9 @@ fn memory_stays_near_the_files_size_and_idleness_costs_nothing() {
     let before = ticks();
     std::thread::sleep(Duration::from_millis(500));
     let spent = ticks() - before;
-    assert!(spent <= 1, "{spent} ticks of 10 ms were spent in half a second of rest");
+    assert!(
+        spent <= 1,
+        "{spent} ticks of 10 ms were spent in half a second of rest"
+    );
     assert_eq!(engine.progress().steps, steps);
 }

@@ -1,8 +1,10 @@
 //! Gemma 3 against candle-transformers.
 //!
 //! The oracle is the unquantised `gemma3`, fed with the file's own weights as floats: the quantised one
-//! computes SiLU where Gemma has GELU, and forgets the sliding window when it writes. What is left
-//! between oracle and engine is the rounding of activations to 8 bits.
+//! computes SiLU where Gemma has GELU, and forgets the sliding window when it writes. The quantised
+//! kernels round activations to 8 bits, which moves a log probability by up to 1; so the engine too is
+//! told to compute with floats, and what is compared is the model alone. Candle reads that setting from
+//! the environment, hence a process of its own.
 
 mod common;
 
@@ -111,8 +113,24 @@ fn engine() -> Engine {
     Engine::load(&model(GEMMA3), &options, |_| ()).unwrap()
 }
 
+/// Has candle turn quantised weights to floats when they are loaded.
+const FLOATS: &str = "CANDLE_DEQUANTIZE_ALL";
+
 #[test]
-fn answers_follow_the_oracle_inside_and_beyond_the_sliding_window() {
+fn with_floats_the_engine_equals_the_oracle() {
+    let own = std::env::current_exe().unwrap();
+    let mut child = std::process::Command::new(own);
+    child.args(["--ignored", "--nocapture", "--test-threads=1"]);
+    let output = child.env(FLOATS, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && text.contains("2 passed"));
+}
+
+#[test]
+#[ignore = "run by with_floats_the_engine_equals_the_oracle, in a process of its own"]
+fn answers_equal_the_oracles_inside_and_beyond_the_sliding_window() {
+    assert!(std::env::var_os(FLOATS).is_some(), "set {FLOATS}=1");
     let (engine, mut oracle) = (engine(), oracle());
     let ask = |prompt: &[u32], count: u32| {
         let mut request = request(prompt.to_vec(), count);
@@ -120,26 +138,30 @@ fn answers_follow_the_oracle_inside_and_beyond_the_sliding_window() {
         answer(&engine, request)
     };
     let mut worst = 0.0_f32;
-    for text in PROMPTS.iter().step_by(4) {
+    for text in PROMPTS.iter().step_by(5) {
         let mut input = tokens(&engine, text);
-        let ours = ask(&input, 12);
+        let ours = ask(&input, 8);
         let mut position = 0;
         oracle.clear_kv_cache();
         for token in &ours.tokens {
             let reference = step(&mut oracle, &input, position);
             let best = reference.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let gap = best - reference[token.token as usize];
-            assert!(gap < 0.3, "{text:?}: token {:?} is {gap} from the best", token.text);
+            assert!(
+                gap < 0.005,
+                "{text:?}: token {:?} is {gap} from the best",
+                token.text
+            );
             worst = worst.max(distance(token, &reference));
             position += input.len();
             input = vec![token.token];
         }
     }
     println!("largest difference of a log probability inside the window: {worst}");
-    assert!(worst < 0.5, "log probabilities differ by {worst}");
+    assert!(worst < 0.005, "log probabilities differ by {worst}");
 
     // The oracle keeps to the window only token by token, so it reads the end of the prompt that way.
-    let prompt = tokens(&engine, &PROMPTS.join(" ").repeat(3))[..WINDOW + 60].to_vec();
+    let prompt = tokens(&engine, &PROMPTS.join(" ").repeat(3))[..WINDOW + 20].to_vec();
     let (whole, rest) = prompt.split_at(WINDOW - 2);
     oracle.clear_kv_cache();
     let mut reference = step(&mut oracle, whole, 0);
@@ -148,24 +170,33 @@ fn answers_follow_the_oracle_inside_and_beyond_the_sliding_window() {
     }
     let beyond = distance(&ask(&prompt, 1).tokens[0], &reference);
     println!("largest difference of a log probability beyond the window: {beyond}");
-    assert!(beyond < 0.5, "log probabilities differ by {beyond}");
+    assert!(beyond < 0.005, "log probabilities differ by {beyond}");
 }
 
 #[test]
+#[ignore = "run by with_floats_the_engine_equals_the_oracle, in a process of its own"]
 fn rows_of_a_batch_equal_the_rows_alone() {
+    assert!(std::env::var_os(FLOATS).is_some(), "set {FLOATS}=1");
     let engine = engine();
     let prompts: Vec<_> = PROMPTS[..4].iter().map(|text| tokens(&engine, text)).collect();
     let alone: Vec<_> = prompts
         .iter()
-        .map(|prompt| answer(&engine, request(prompt.clone(), 8)))
+        .map(|prompt| answer(&engine, request(prompt.clone(), 6)))
         .collect();
     let asked: Vec<_> = prompts
         .iter()
-        .map(|prompt| common::ask::ask(&engine, request(prompt.clone(), 8)).unwrap())
+        .map(|prompt| common::ask::ask(&engine, request(prompt.clone(), 6)).unwrap())
         .collect();
     for (asked, alone) in asked.iter().zip(&alone) {
         let together = asked.wait();
         assert_eq!(together.ids(), alone.ids());
         assert_eq!(together.text, alone.text);
     }
+}
+
+#[test]
+fn quantised_it_still_writes_sense() {
+    let engine = engine();
+    let answer = answer(&engine, request(tokens(&engine, "Paris is the capital of"), 4));
+    assert!(answer.text.contains("France"), "{:?}", answer.text);
 }
