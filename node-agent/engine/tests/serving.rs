@@ -329,40 +329,42 @@ fn absurd_requests_are_refused_by_field() {
 #[test]
 fn text_is_whole_characters_however_bytes_fall_on_tokens() {
     let engine = engine(2, 0);
-    // Only tokens that are no text by themselves: cut characters, lone continuation bytes.
-    let fragments: Vec<(u32, f32)> = (0..engine.tokenizer().vocab_size() as u32)
-        .filter(|&token| {
+    // Tokens that are no text by themselves, and of those the ones that begin inside a character.
+    let tokens_with = |wanted: &dyn Fn(&[u8]) -> bool| -> Vec<(u32, f32)> {
+        let all = 0..engine.tokenizer().vocab_size() as u32;
+        let wanted = all.filter(|&token| {
             let mut bytes = Vec::new();
             engine.tokenizer().append_bytes(token, &mut bytes);
-            std::str::from_utf8(&bytes).is_err()
-        })
-        .map(|token| (token, 100.0))
-        .collect();
-    assert!(fragments.len() > 100, "{} fragments", fragments.len());
-    let prompt = tokens(&engine, "日本語 🎉");
-    let asked: Vec<_> = (0..2)
-        .map(|seed| {
-            let mut request = request(prompt.clone(), 30);
-            request.sampling = SamplingParams {
-                temperature: 2.0,
-                seed: Some(seed),
-                logprobs: Some(0),
-                logit_bias: fragments.clone(),
-                ..SamplingParams::default()
-            };
-            ask(&engine, request).unwrap()
-        })
-        .collect();
-    for asked in asked {
+            wanted(&bytes)
+        });
+        wanted.map(|token| (token, 100.0)).collect()
+    };
+    let fragments = tokens_with(&|bytes| std::str::from_utf8(bytes).is_err());
+    let tails = tokens_with(&|bytes| bytes.first().is_some_and(|byte| byte & 0xc0 == 0x80));
+    assert!(tails.len() >= 50 && fragments.len() > tails.len());
+    let asked = [fragments, tails].map(|only| {
+        let mut request = request(tokens(&engine, "日本語 🎉"), 30);
+        request.sampling = SamplingParams {
+            temperature: 2.0,
+            seed: Some(1),
+            logprobs: Some(0),
+            logit_bias: only,
+            ..SamplingParams::default()
+        };
+        ask(&engine, request).unwrap()
+    });
+    let sound = asked.map(|asked| {
         let answer = asked.wait();
-        let bytes: Vec<u8> = answer
-            .tokens
-            .iter()
-            .flat_map(|token| token.bytes.clone())
-            .collect();
-        assert!(std::str::from_utf8(&bytes).is_err(), "{bytes:02x?}");
+        let bytes = answer.tokens.iter().flat_map(|token| token.bytes.clone());
+        let bytes: Vec<u8> = bytes.collect();
         assert_eq!(answer.text, String::from_utf8_lossy(&bytes));
-    }
+        (
+            answer.text.chars().count() < answer.tokens.len(),
+            std::str::from_utf8(&bytes).is_ok(),
+        )
+    });
+    assert!(sound[0].0, "no character was cut: the test proves nothing");
+    assert!(!sound[1].1, "no byte stood alone: the test proves nothing");
 }
 
 #[test]
