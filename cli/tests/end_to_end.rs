@@ -272,7 +272,7 @@ fn a_machine_serves_what_is_applied_to_kubectl_and_the_official_clients() {
         "chat",
         "gpt-4o-mini",
         "-m",
-        "What is the capital of France?",
+        "What is the capital of France? Answer in one sentence.",
         "--temperature",
         "0",
         "--max-tokens",

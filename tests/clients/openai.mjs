@@ -10,7 +10,7 @@ const { OpenAI } = require("openai");
 const client = new OpenAI({ baseURL: process.env.FREEHOLD_BASE_URL, apiKey: "none", maxRetries: 0, timeout: 120_000 });
 const chat = process.env.FREEHOLD_CHAT_MODEL;
 const embedding = process.env.FREEHOLD_EMBEDDING_MODEL;
-const messages = [{ role: "user", content: "What is the capital of France?" }];
+const messages = [{ role: "user", content: "What is the capital of France? Answer in one sentence." }];
 
 const tests = {
   async "models are listed"() {

@@ -11,7 +11,7 @@ import openai
 client = openai.OpenAI(base_url=os.environ["FREEHOLD_BASE_URL"], api_key="none", max_retries=0, timeout=120)
 CHAT = os.environ["FREEHOLD_CHAT_MODEL"]
 EMBEDDING = os.environ["FREEHOLD_EMBEDDING_MODEL"]
-PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+PARIS = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 
 
 def test_models_are_listed():

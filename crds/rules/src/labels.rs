@@ -25,6 +25,19 @@ pub fn matches(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> b
         })
 }
 
+/// Whether every operator of the selector is one that there is.
+#[must_use]
+pub fn is_sound(selector: &LabelSelector) -> bool {
+    let operators = selector
+        .match_expressions
+        .iter()
+        .flatten()
+        .map(|requirement| requirement.operator.as_str());
+    operators
+        .into_iter()
+        .all(|operator| matches!(operator, "In" | "NotIn" | "Exists" | "DoesNotExist"))
+}
+
 /// A selector for the eye: `pool=gpu,zone in (a,b)`.
 #[must_use]
 pub fn describe(selector: &LabelSelector) -> String {

@@ -54,24 +54,22 @@ pub enum InvalidModel {
     },
 }
 
-/// Longest text that an error or a fact quotes from a file.
-const QUOTED_CHARS: usize = 200;
+/// Longest text that an error or a fact quotes from a file, in bytes.
+const QUOTED_BYTES: usize = 200;
 
 /// Text out of a file, made fit for people: control characters are escaped, the rest is cut.
 pub(crate) fn quote(text: &str) -> String {
-    let mut quoted: String = text
-        .chars()
-        .take(QUOTED_CHARS)
-        .flat_map(|c| {
-            if c.is_control() {
-                c.escape_default().collect::<Vec<_>>()
-            } else {
-                vec![c]
-            }
-        })
-        .collect();
-    if text.chars().nth(QUOTED_CHARS).is_some() {
-        quoted.push('…');
+    let mut quoted = String::new();
+    for c in text.chars() {
+        if quoted.len() >= QUOTED_BYTES {
+            quoted.push('…');
+            break;
+        }
+        if c.is_control() {
+            quoted.extend(c.escape_default());
+        } else {
+            quoted.push(c);
+        }
     }
     quoted
 }

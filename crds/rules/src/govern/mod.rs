@@ -46,6 +46,15 @@ pub fn selects(
     deployment: &ModelDeployment,
     namespaces: &BTreeMap<String, BTreeMap<String, String>>,
 ) -> bool {
+    // A selector that does not read could mean anything, so the rule holds: closed, not open.
+    let selectors = [&policy.spec.namespace_selector, &policy.spec.selector];
+    if selectors
+        .into_iter()
+        .flatten()
+        .any(|selector| !labels::is_sound(selector))
+    {
+        return true;
+    }
     let none = BTreeMap::new();
     let namespace = deployment.namespace().unwrap_or_default();
     let mut namespace_labels = namespaces.get(&namespace).cloned().unwrap_or_default();
@@ -96,7 +105,16 @@ pub fn source_name(model: &ModelSource) -> String {
     } else if let Some(url) = &model.url {
         url.clone()
     } else if let Some(hub) = &model.hugging_face {
-        format!("hf://{}/{}", hub.repository, hub.file)
+        // A mirror is another place: it is named by its own address and not as the hub.
+        match &hub.endpoint {
+            Some(endpoint) => format!(
+                "{}/{}/{}",
+                endpoint.trim_end_matches('/'),
+                hub.repository,
+                hub.file
+            ),
+            None => format!("hf://{}/{}", hub.repository, hub.file),
+        }
     } else if let Some(oci) = &model.oci {
         format!("oci://{}", oci.reference)
     } else if let Some(volume) = &model.persistent_volume_claim {
@@ -178,6 +196,16 @@ pub fn deployment(
                     &remedy,
                 );
             }
+        }
+        if decision.allowed_formats.as_ref().is_some_and(Vec::is_empty) {
+            let evidence = "together the policies allow no format at all".to_owned();
+            report.violation(
+                "spec.supplyChain.allowedFormats",
+                &candidate.field,
+                evidence,
+                "make the lists of the policies overlap",
+            );
+            decision.allowed_formats = None;
         }
         decision.violations.append(&mut report.violations);
     }

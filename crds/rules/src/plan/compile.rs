@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use freehold_crds::conditions::reason;
 use freehold_crds::inference_node::{
     Assignment, Backend, CompiledPolicy, CompiledProbe, InferenceNodeSpec, Route,
 };
@@ -187,5 +188,12 @@ fn refusal(planned: &DeploymentPlan) -> Option<String> {
         .obstacle
         .as_ref()
         .filter(|_| planned.placements.is_empty())?;
+    // Free memory changes with every plan; a machine's spec must not change with it.
+    if obstacle.reason == reason::NO_ROOM {
+        return Some(format!(
+            "{}: no machine has room for it; the status of the deployment shows the arithmetic",
+            obstacle.reason
+        ));
+    }
     Some(format!("{}: {}", obstacle.reason, obstacle.message))
 }

@@ -196,6 +196,7 @@ impl Placing<'_, '_> {
                 Ok(()) => self.assign(&name, &template, &mut planned, reason),
             }
         }
+        self.keep_serving(&template, wanted, &mut planned);
         planned.reasons = reasons;
         let placed = planned
             .placements
@@ -207,6 +208,54 @@ impl Placing<'_, '_> {
             planned.obstacle = Some(self.no_room(placed, wanted, &planned.reasons));
         }
         planned
+    }
+
+    /// Where the new revision finds no machine, the old one serves on where it is and still may be: a
+    /// change that cannot be carried out takes nothing down.
+    fn keep_serving(&mut self, template: &Template<'_>, wanted: usize, planned: &mut DeploymentPlan) {
+        let selectors: Vec<_> = template
+            .decision
+            .node_selectors
+            .iter()
+            .map(|(_, selector)| selector)
+            .chain(&self.deployment.spec.placement.node_selector)
+            .collect();
+        let names: Vec<String> = self
+            .fleet
+            .machines
+            .keys()
+            .map(|name| (*name).to_owned())
+            .collect();
+        for name in names {
+            let used: BTreeSet<&String> = planned.placements.iter().map(|p| &p.node).collect();
+            if used.len() >= wanted {
+                return;
+            }
+            let Some(machine) = self.fleet.machines.get_mut(name.as_str()) else {
+                continue;
+            };
+            let may_stay = machine.keeps()
+                && selectors
+                    .iter()
+                    .all(|selector| labels::matches(selector, &machine.node.labels));
+            if !may_stay || used.contains(&name) {
+                continue;
+            }
+            let old: Vec<Assignment> = machine
+                .holds(&self.valid.key)
+                .into_iter()
+                .filter(|a| a.revision != template.revision)
+                .cloned()
+                .collect();
+            for assignment in old {
+                planned.placements.push(Placed {
+                    node: name.clone(),
+                    revision: assignment.revision.clone(),
+                    assignment: assignment.name.clone(),
+                });
+                machine.planned.push(assignment);
+            }
+        }
     }
 
     fn no_room(&self, placed: usize, wanted: usize, reasons: &[PlanReason]) -> Obstacle {
@@ -245,7 +294,14 @@ impl Placing<'_, '_> {
         let device = spec.placement.device;
         let revision = revision_name(&candidate.model, &self.valid.engine, device);
         let name = assignment_name(&self.valid.key, &revision);
-        let facts = self.fleet.facts(&name).cloned().or_else(|| {
+        // What was learnt of this revision before is remembered in status, so that a model that fits nowhere
+        // is not fetched again and again to find that out.
+        let status = self.deployment.status.as_ref();
+        let remembered = status.filter(|status| status.revision.as_deref() == Some(revision.as_str()));
+        let remembered = remembered
+            .and_then(|status| status.model.clone())
+            .filter(|facts| facts.weight_bytes > 0);
+        let facts = self.fleet.facts(&name).cloned().or(remembered).or_else(|| {
             let size = candidate.size_bytes?;
             Some(ModelFacts {
                 file_bytes: size,
@@ -411,8 +467,8 @@ impl Placing<'_, '_> {
         let (keep_old, add_new) = match strategy {
             _ if others.is_empty() => (false, true),
             _ if ready => (false, true),
-            // A rollout under way goes on as it began.
-            _ if here => (true, true),
+            // A rollout under way goes on as it began, unless the real sizes turn out not to fit together.
+            _ if here && room_for_both => (true, true),
             RolloutStrategy::Replace => (false, true),
             RolloutStrategy::Surge if !room_for_both => (true, false),
             RolloutStrategy::Auto if !room_for_both => (false, true),

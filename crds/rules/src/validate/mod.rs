@@ -232,6 +232,23 @@ fn candidate(
             "it must begin with https:// or http://",
         ));
     }
+    let climbs = |text: &str| text.split('/').any(|part| part == "..");
+    let places = [
+        ("path", model.path.as_deref()),
+        (
+            "huggingFace.file",
+            model.hugging_face.as_ref().map(|hub| hub.file.as_str()),
+        ),
+    ];
+    for (name, place) in places {
+        if let Some(place) = place.filter(|place| climbs(place)) {
+            errors.push(invalid(
+                &format!("{field}.{name}"),
+                format!("{place:?}"),
+                "write the place itself, without ..; policies go by it",
+            ));
+        }
+    }
     let digest =
         |text: &str| text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     if let Some(sha256) = model.sha256.as_ref().filter(|sha256| !digest(sha256)) {
@@ -264,6 +281,21 @@ fn candidate(
 /// Every field that is wrong.
 pub fn validate_policy(policy: &GovernancePolicy) -> Result<(), Vec<FieldError>> {
     let mut errors = Vec::new();
+    for (field, selector) in [
+        ("spec.namespaceSelector", &policy.spec.namespace_selector),
+        ("spec.selector", &policy.spec.selector),
+    ] {
+        if selector
+            .as_ref()
+            .is_some_and(|selector| !crate::labels::is_sound(selector))
+        {
+            errors.push(invalid(
+                field,
+                "with an unknown operator",
+                "use In, NotIn, Exists or DoesNotExist; until then the policy covers everything",
+            ));
+        }
+    }
     for rule in &policy.spec.rules.expressions {
         if let Err(why) = crate::govern::expression::compile(&rule.expression) {
             errors.push(invalid(

@@ -68,20 +68,21 @@ impl BytePairEncoding {
                     return;
                 }
             }
-            let symbols = word.bytes().enumerate().map(|(at, byte)| {
-                (
-                    at as u32,
-                    1,
-                    self.bytes.get(usize::from(byte)).copied().unwrap_or(ABSENT),
-                )
+            // Bytes that the vocabulary lacks fall out before merging, as in the reference.
+            let known = word.bytes().filter_map(|byte| {
+                self.bytes
+                    .get(usize::from(byte))
+                    .copied()
+                    .filter(|&id| id != ABSENT)
             });
+            let symbols = known.enumerate().map(|(at, id)| (at as u32, 1, id));
             let merged = merge(symbols, |a, b| {
                 // Ranks stay far below 2^24, so a float holds them exactly.
                 self.merges
                     .get(&(a.id, b.id))
                     .map(|&(rank, whole)| (rank as f32, whole))
             });
-            tokens.extend(merged.iter().map(|symbol| symbol.id).filter(|&id| id != ABSENT));
+            tokens.extend(merged.iter().map(|symbol| symbol.id));
         });
     }
 }

@@ -11,6 +11,8 @@ mod spm;
 mod vocab;
 mod wordpiece;
 
+use std::borrow::Cow;
+
 use crate::InvalidModel;
 use crate::gguf::{GgufFile, Value};
 
@@ -198,7 +200,13 @@ impl Tokenizer {
             tokens.extend(self.bos);
         }
         let mut first = true;
-        for (piece, token) in self.special.split(text, special.parse) {
+        // SentencePiece knows no difference between a space and U+2581, so neither do the pieces below.
+        let spaced = if matches!(self.algorithm, Algorithm::SentencePiece(_)) {
+            Cow::Owned(text.replace('\u{2581}', " "))
+        } else {
+            Cow::Borrowed(text)
+        };
+        for (piece, token) in self.special.split(&spaced, special.parse) {
             if !piece.is_empty() {
                 match &self.algorithm {
                     Algorithm::BytePair(bpe) => bpe.encode(&self.vocab, piece, &mut tokens),
