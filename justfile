@@ -31,7 +31,7 @@ each:
 
 # The engine beside candle-transformers: prefill, decode, batches, memory
 bench-engine:
-    cargo run --release -p freehold-engine --example bench_engine
+    cargo run --release -p freehold-engine --example bench_engine -- "${XDG_CACHE_HOME:-$HOME/.cache}/freehold/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Memory and write rate of the all-in-one at rest, time to Ready, time to the first token
 bench-rest *ARGS:
