@@ -4,9 +4,11 @@
 use std::io::Write;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value};
+use serde::Serialize;
 use serde_json::Value as Json;
+use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 use crate::InvalidModel;
 use crate::gguf::GgufFile;
@@ -78,6 +80,7 @@ impl ChatTemplate {
                 Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
             },
         );
+        environment.add_filter("tojson", to_json);
         environment
             .add_template_owned(NAME, source)
             .map_err(|error| describe(&error))?;
@@ -153,6 +156,49 @@ fn describe(error: &minijinja::Error) -> String {
     match error.kind() {
         ErrorKind::OutOfFuel => "it takes too many steps (a loop without end?)".to_owned(),
         _ => crate::error::quote(&error.to_string()),
+    }
+}
+
+/// JSON as transformers writes it for templates: Python's separators, and nothing escaped for HTML.
+fn to_json(value: Value, indent: Option<usize>, options: Kwargs) -> Result<Value, minijinja::Error> {
+    let failed =
+        |error: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string());
+    let indent = match options.get::<Option<usize>>("indent")? {
+        None => indent,
+        named => named,
+    };
+    let mut bytes = Vec::new();
+    match indent {
+        Some(width) => {
+            let spaces = " ".repeat(width.min(16));
+            let formatter = PrettyFormatter::with_indent(spaces.as_bytes());
+            value
+                .serialize(&mut Serializer::with_formatter(&mut bytes, formatter))
+                .map_err(failed)?;
+        }
+        None => value
+            .serialize(&mut Serializer::with_formatter(&mut bytes, Python))
+            .map_err(failed)?,
+    }
+    Ok(Value::from_safe_string(
+        String::from_utf8_lossy(&bytes).into_owned(),
+    ))
+}
+
+/// One line, with a space after each comma and colon.
+struct Python;
+
+impl Formatter for Python {
+    fn begin_array_value<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
+        writer.write_all(b": ")
     }
 }
 
