@@ -53,6 +53,16 @@ async fn restarted_agent_ends_stuck_orphans_and_serves_again() {
         .spawn()
         .expect("a worker");
     kill(i32::try_from(orphan.id()).expect("a pid"), Signal::STOP);
+    // Stopped, and so past its exec: before that it has no command line to be known by.
+    let status = format!("/proc/{}/status", orphan.id());
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while !std::fs::read_to_string(&status)
+        .expect("it is there")
+        .contains("State:\tT")
+    {
+        assert!(std::time::Instant::now() < deadline, "the worker does not stop");
+        tokio::task::yield_now().await;
+    }
 
     keep_spec(folder.path(), &spec(&[assignment("chat", "1", &chat_model())]));
     let mut machine = Machine::start_in(folder.path().to_owned(), no_api(), Setup::default()).await;
