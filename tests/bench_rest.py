@@ -85,7 +85,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         up = Up(folder)
         try:
-            time.sleep(20)
+            time.sleep(int(os.environ.get("SETTLE_SECONDS", "20")))
             memory, before, begun = resident_mib(up.process.pid), up.revision(), time.monotonic()
             time.sleep(REST_SECONDS)
             writes = (up.revision() - before) / (time.monotonic() - begun) * 60
@@ -98,7 +98,7 @@ def main():
                 applied = time.monotonic()
                 up.kubectl("wait", f"md/{name}", "--for=condition=Ready", "--timeout=120s")
                 ready = time.monotonic() - applied
-                node = json.loads(up.kubectl("get", "inodes", "-o", "json"))["items"][0]
+                node = json.loads(up.kubectl("get", "inferencenodes", "-o", "json"))["items"][0]
                 load = next(i["loadMs"] for i in node["status"]["instances"] if f".{name}." in i["name"]) / 1000
                 beyond.append(ready - load)
                 if index + 1 < ROUNDS:
