@@ -70,6 +70,7 @@ async fn write_for_ever(control_plane: &ControlPlane) {
                     .unwrap();
                 println!("\nPUT {name} {}", made.resource_version().unwrap());
                 if n % 3 == 2 {
+                    println!("\nGOING {name} 0");
                     api.delete(&name, &DeleteParams::default()).await.unwrap();
                     println!("\nGONE {name} 0");
                 }
@@ -156,35 +157,70 @@ fn start(role: &str, folder: &Path) -> (Child, Lines<BufReader<ChildStdout>>) {
 
 /// What a child said was answered: names, with the revision of those that are there.
 #[derive(Default)]
-struct Answered(BTreeMap<String, Option<u64>>);
+struct Answered(BTreeMap<String, Known>);
+
+/// What is known of one object.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Known {
+    There(u64),
+    /// Its deletion was asked for and not answered: it may have happened.
+    Going(u64),
+    Gone,
+}
 
 impl Answered {
     /// Takes one line in, and says whether it told of a write.
     fn hear(&mut self, line: &str) -> bool {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
-            ["PUT", name, revision] => self.0.insert((*name).to_owned(), revision.parse().ok()),
-            ["GONE", name, _] => self.0.insert((*name).to_owned(), None),
+            ["PUT", name, revision] => {
+                let revision = revision.parse().unwrap();
+                self.0.insert((*name).to_owned(), Known::There(revision))
+            }
+            ["GOING", name, _] => {
+                if let Some(Known::There(revision)) = self.0.get(*name).copied() {
+                    self.0.insert((*name).to_owned(), Known::Going(revision));
+                }
+                return false;
+            }
+            ["GONE", name, _] => self.0.insert((*name).to_owned(), Known::Gone),
             _ => return false,
         };
         true
     }
 
     /// Opens the store and finds everything as it was answered.
-    async fn check(&self, folder: &Path) -> u64 {
+    async fn check(&mut self, folder: &Path) -> u64 {
         // The dead process' lock goes with it, but not in the same instant.
         let control_plane = eventually("the store opens", || async { open(folder).ok() }).await;
-        let highest = self.0.values().flatten().max().copied().unwrap_or_default();
+        let revision_of = |known: &Known| match known {
+            Known::There(revision) | Known::Going(revision) => *revision,
+            Known::Gone => 0,
+        };
+        let highest = self.0.values().map(revision_of).max().unwrap_or_default();
         assert!(
             control_plane.revision() >= highest,
             "{} < {highest}",
             control_plane.revision()
         );
         let api: Api<ConfigMap> = Api::default_namespaced(control_plane.client());
-        for (name, revision) in &self.0 {
+        for (name, known) in &mut self.0 {
             let found = api.get_opt(name).await.unwrap();
-            let found = found.map(|map| map.resource_version().unwrap().parse().unwrap());
-            assert_eq!(found, *revision, "{name}");
+            let found = match found {
+                Some(map) => Known::There(map.resource_version().unwrap().parse().unwrap()),
+                None => Known::Gone,
+            };
+            match *known {
+                // Whichever it was: from here on it stays so.
+                Known::Going(revision) => {
+                    assert!(
+                        [Known::Gone, Known::There(revision)].contains(&found),
+                        "{name}: {found:?}"
+                    );
+                    *known = found;
+                }
+                known => assert_eq!(found, known, "{name}"),
+            }
         }
         control_plane.revision()
     }
