@@ -12,12 +12,13 @@ use serde_json::Value;
 
 use crate::gguf::GgufFile;
 use crate::inspect::{KvType, ModelFacts, ModelKind, gguf_facts};
+use crate::kernels::{Compute, WeightPrecision, available_threads};
 use crate::kv::{BlockTable, KvCache, blocks_for};
 use crate::model::{Decoder, DecoderConfig, Encoder, EncoderConfig, Row};
 use crate::scheduler::{Job, Scheduler};
 use crate::template::ChatTemplate;
 use crate::tokenizer::{Special, Tokenizer};
-use crate::{LoadModel, Reject, SamplingParams};
+use crate::{InvalidModel, LoadModel, Reject, SamplingParams};
 
 /// The device that is asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,6 +47,10 @@ pub struct EngineOptions {
     pub max_queued: u32,
     /// Number format of the KV cache.
     pub kv_type: KvType,
+    /// Threads that compute; None: as many as the process may keep busy (affinity and cgroup quota counted).
+    pub threads: Option<u32>,
+    /// Computes with 32-bit floats throughout, whatever the file holds: slow and large, for checking.
+    pub exact: bool,
 }
 
 impl Default for EngineOptions {
@@ -56,6 +61,8 @@ impl Default for EngineOptions {
             max_sequences: 4,
             max_queued: 32,
             kv_type: KvType::F16,
+            threads: None,
+            exact: false,
         }
     }
 }
@@ -338,7 +345,24 @@ impl Engine {
         let tokenizer = Arc::new(Tokenizer::from_gguf(&file)?);
         let template = ChatTemplate::from_gguf(&file, tokenizer.bos_text(), tokenizer.eos_text())?;
         let config = DecoderConfig::from_gguf(&file)?;
-        let decoder = Decoder::load(&file, config, |layers_done, layers_total| {
+        if tokenizer.vocab_size() > config.vocab_size {
+            return Err(InvalidModel::inconsistent(
+                "the tokenizer's vocabulary",
+                format!("{} tokens", tokenizer.vocab_size()),
+                format!("at most the {} rows of token_embd.weight", config.vocab_size),
+            )
+            .into());
+        }
+        let threads = options
+            .threads
+            .map_or_else(available_threads, |n| n.max(1) as usize);
+        let compute = Compute::new(threads).map_err(LoadModel::StartThread)?;
+        let precision = if options.exact {
+            WeightPrecision::Float
+        } else {
+            WeightPrecision::Native
+        };
+        let mut decoder = Decoder::load(&file, config, compute, precision, |layers_done, layers_total| {
             progress(LoadProgress {
                 layers_done,
                 layers_total,
@@ -350,7 +374,7 @@ impl Engine {
         let sequences = options.max_sequences.max(1) as usize;
         let capacity = sequences * blocks_for(context_length);
         let mut cache = KvCache::new(decoder.kv_shape(), options.kv_type, capacity);
-        first_pass(&decoder, &tokenizer, &mut cache)?;
+        first_pass(&mut decoder, &tokenizer, &mut cache)?;
         let (jobs, receiver) = channel();
         let counters = Arc::new(Counters::default());
         let scheduler = Scheduler::new(
@@ -679,7 +703,7 @@ fn context_length(options: &EngineOptions, own: u32) -> Result<usize, LoadModel>
 }
 
 /// One real step: a model that cannot answer is found out before it takes requests.
-fn first_pass(decoder: &Decoder, tokenizer: &Tokenizer, cache: &mut KvCache) -> Result<(), LoadModel> {
+fn first_pass(decoder: &mut Decoder, tokenizer: &Tokenizer, cache: &mut KvCache) -> Result<(), LoadModel> {
     let mut table = BlockTable::default();
     let token = tokenizer
         .bos()
@@ -698,11 +722,10 @@ fn first_pass(decoder: &Decoder, tokenizer: &Tokenizer, cache: &mut KvCache) -> 
         sequence: 0,
         wants_logits: true,
     };
-    let logits = decoder.forward(&[row], &[&table], cache)?;
+    let finite = decoder
+        .forward(&[row], &[&table], cache)
+        .iter()
+        .all(|x| x.is_finite());
     cache.release(&mut table);
-    if logits.iter().flatten().any(|x| !x.is_finite()) {
-        Err(LoadModel::NotANumber)
-    } else {
-        Ok(())
-    }
+    finite.then_some(()).ok_or(LoadModel::NotANumber)
 }

@@ -120,8 +120,11 @@ pub enum LoadModel {
         "the model's first answer is not a number; the file is damaged or of a kind that this version misreads"
     )]
     NotANumber,
+    /// There is no memory for the weights.
+    #[error("failed to get memory for the weights")]
+    Allocate(#[source] std::io::Error),
     /// A thread could not be started.
-    #[error("failed to start the engine's thread")]
+    #[error("failed to start the engine's threads")]
     StartThread(#[source] std::io::Error),
     /// A setting is out of range.
     #[error("{field} is {found}; {allowed}")]

@@ -2,15 +2,14 @@
 //!
 //! A sequence holds a table of blocks and not one buffer, so a batch may hold sequences of any lengths,
 //! memory is taken as answers grow, and what one frees another uses. A block is allocated when it is
-//! first needed and kept for the next user.
+//! first needed and kept for the next user. How numbers lie in a block is the attention kernel's choice:
+//! keys transposed, `[head_dim, tokens]`, values `[tokens, padded head_dim]`.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::inspect::KvType;
-
-/// Tokens in a block: small enough to waste little, large enough for the attention's inner loops.
-pub(crate) const BLOCK_TOKENS: usize = 32;
+use crate::kernels::attention::{BLOCK_TOKENS, Cache, Numbers, padded};
 
 /// Shape of the cache.
 #[derive(Clone, Copy, Debug)]
@@ -21,12 +20,12 @@ pub(crate) struct KvShape {
 }
 
 impl KvShape {
-    /// Numbers of one head in one block: `[tokens, head_dim]`.
+    /// Numbers of one head in one block, keys or values.
     fn head_numbers(&self) -> usize {
-        BLOCK_TOKENS * self.head_dim
+        BLOCK_TOKENS * padded(self.head_dim)
     }
 
-    /// Numbers in a block: `[layers, keys and values, kv_heads, tokens, head_dim]`.
+    /// Numbers in a block: `[layers, keys and values, kv_heads, numbers of a head]`.
     fn block_numbers(&self) -> usize {
         self.layers * 2 * self.kv_heads * self.head_numbers()
     }
@@ -128,32 +127,56 @@ impl KvCache {
     ) {
         let dim = self.shape.head_dim;
         let block = table.blocks[position / BLOCK_TOKENS] as usize;
-        let within = position % BLOCK_TOKENS * dim;
+        let token = position % BLOCK_TOKENS;
         for (head, numbers) in row.chunks_exact(dim).enumerate() {
-            let start = self.head_start(layer, side, head) + within;
-            match &mut self.blocks[block] {
-                Some(Block::F16(data)) => data[start..start + dim].convert_from_f32_slice(numbers),
-                Some(Block::F32(data)) => data[start..start + dim].copy_from_slice(numbers),
-                None => {}
+            let start = self.head_start(layer, side, head);
+            match (&mut self.blocks[block], side) {
+                (Some(Block::F16(data)), Side::Keys) => {
+                    let places = data[start + token..].iter_mut().step_by(BLOCK_TOKENS);
+                    for (place, x) in places.zip(numbers) {
+                        *place = f16::from_f32(*x);
+                    }
+                }
+                (Some(Block::F32(data)), Side::Keys) => {
+                    let places = data[start + token..].iter_mut().step_by(BLOCK_TOKENS);
+                    for (place, x) in places.zip(numbers) {
+                        *place = *x;
+                    }
+                }
+                (Some(Block::F16(data)), Side::Values) => {
+                    let start = start + token * padded(dim);
+                    data[start..start + dim].convert_from_f32_slice(numbers);
+                }
+                (Some(Block::F32(data)), Side::Values) => {
+                    let start = start + token * padded(dim);
+                    data[start..start + dim].copy_from_slice(numbers);
+                }
+                (None, _) => {}
             }
         }
     }
+}
 
-    /// Reads one head of one block, `[tokens, head_dim]`, into `out` as far as `out` reaches.
-    pub(crate) fn read(
-        &self,
-        table: &BlockTable,
-        layer: usize,
-        side: Side,
-        head: usize,
-        block: usize,
-        out: &mut [f32],
-    ) {
-        let start = self.head_start(layer, side, head);
-        match &self.blocks[table.blocks[block] as usize] {
-            Some(Block::F16(data)) => data[start..start + out.len()].convert_to_f32_slice(out),
-            Some(Block::F32(data)) => out.copy_from_slice(&data[start..start + out.len()]),
-            None => out.fill(0.0),
+/// The cache of one layer, for the sequences of a step.
+pub(crate) struct LayerCache<'a> {
+    pub(crate) cache: &'a KvCache,
+    pub(crate) tables: &'a [&'a BlockTable],
+    pub(crate) layer: usize,
+}
+
+impl Cache for LayerCache<'_> {
+    fn block(&self, sequence: usize, block: usize, kv_head: usize) -> (Numbers<'_>, Numbers<'_>) {
+        let cache = self.cache;
+        let numbers = cache.shape.head_numbers();
+        let [keys, values] = [Side::Keys, Side::Values].map(|side| {
+            let start = cache.head_start(self.layer, side, kv_head);
+            start..start + numbers
+        });
+        match &cache.blocks[self.tables[sequence].blocks[block] as usize] {
+            Some(Block::F16(data)) => (Numbers::F16(&data[keys]), Numbers::F16(&data[values])),
+            Some(Block::F32(data)) => (Numbers::F32(&data[keys]), Numbers::F32(&data[values])),
+            // Blocks in a table have been reserved, and so allocated.
+            None => (Numbers::F32(&[]), Numbers::F32(&[])),
         }
     }
 }
@@ -177,12 +200,27 @@ mod tests {
             for position in 0..40 {
                 let row: Vec<f32> = (0..8).map(|i| (position * 8 + i) as f32).collect();
                 cache.write(&table, 1, Side::Values, position, &row);
+                cache.write(&table, 1, Side::Keys, position, &row);
             }
-            let mut out = [0.0; BLOCK_TOKENS * 4];
-            cache.read(&table, 1, Side::Values, 1, 1, &mut out);
-            assert_eq!(out[..4], [260.0, 261.0, 262.0, 263.0]);
-            cache.read(&table, 0, Side::Values, 1, 1, &mut out);
-            assert_eq!(out[..4], [0.0; 4]);
+            let numbers = |layer: usize, block: usize, head: usize| {
+                let tables = [&table];
+                let layer = LayerCache {
+                    cache: &cache,
+                    tables: &tables,
+                    layer,
+                };
+                let (keys, values) = layer.block(0, block, head);
+                [keys, values].map(|numbers| match numbers {
+                    Numbers::F16(x) => x.iter().map(|x| x.to_f32()).collect::<Vec<_>>(),
+                    Numbers::F32(x) => x.to_vec(),
+                })
+            };
+            let [keys, values] = numbers(1, 1, 1);
+            assert_eq!(values[..4], [260.0, 261.0, 262.0, 263.0]);
+            assert_eq!(values[padded(4)..][..4], [268.0, 269.0, 270.0, 271.0]);
+            assert_eq!(keys[..2], [260.0, 268.0]);
+            assert_eq!(keys[BLOCK_TOKENS..][..2], [261.0, 269.0]);
+            assert_eq!(numbers(0, 1, 1)[1][..4], [0.0; 4]);
         }
     }
 

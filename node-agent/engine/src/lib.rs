@@ -13,6 +13,7 @@ mod engine;
 mod error;
 pub mod gguf;
 pub mod inspect;
+mod kernels;
 mod kv;
 mod mmap;
 mod model;

@@ -6,6 +6,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::Reject;
+use crate::kernels::vector::argmax;
 
 /// How the next token is chosen. The default is greedy.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -138,7 +139,7 @@ impl Sampler {
     /// Chooses from `logits` (one for each token of the vocabulary), which it changes.
     pub fn sample(&mut self, logits: &mut [f32]) -> Sampled {
         self.adjust(logits);
-        let best = argmax(logits);
+        let best = argmax(logits).unwrap_or(0) as u32;
         let (logprob_base, top) = self.report(logits);
         let token = if self.params.temperature < 1e-5 {
             best
@@ -254,17 +255,6 @@ impl Sampler {
 
 fn penalises_repetition(params: &SamplingParams) -> bool {
     params.repetition_penalty > 0.0 && (params.repetition_penalty - 1.0).abs() > 1e-6
-}
-
-/// The first of the largest.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit > best.1 {
-            best = (token, logit);
-        }
-    }
-    best.0 as u32
 }
 
 #[cfg(test)]

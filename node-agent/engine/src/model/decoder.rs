@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use candle_core::Device;
-use rayon::prelude::*;
-
-use super::attention::{Attention, Run};
 use super::config::{Activation, DecoderConfig, RopePairs};
-use super::layers::{Embedding, Linear, RmsNorm, Rotations};
+use super::layers::{RmsNorm, Rotations, Source};
 use crate::LoadModel;
 use crate::gguf::GgufFile;
-use crate::kv::{BlockTable, KvCache, KvShape, Side};
+use crate::kernels::attention::{Attention, Run};
+use crate::kernels::vector::{HeadShape, for_each_row};
+use crate::kernels::{Combine, Compute, Gate, Matrix, QuantizedRows, Rows, Target, WeightPrecision};
+use crate::kv::{BlockTable, KvCache, KvShape, LayerCache, Side};
 
 /// One row of a batch. Rows of one sequence follow each other, positions rising by one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,17 +24,17 @@ pub(crate) struct Row {
 
 struct Layer {
     attention_norm: RmsNorm,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    output: Linear,
+    query: Matrix,
+    key: Matrix,
+    value: Matrix,
+    output: Matrix,
     query_norm: Option<RmsNorm>,
     key_norm: Option<RmsNorm>,
     post_attention_norm: Option<RmsNorm>,
     feed_norm: RmsNorm,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
     post_feed_norm: Option<RmsNorm>,
     local: bool,
 }
@@ -43,10 +42,41 @@ struct Layer {
 /// A decoder in memory.
 pub(crate) struct Decoder {
     config: DecoderConfig,
-    embedding: Embedding,
+    compute: Compute,
+    embedding: Arc<Matrix>,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    output: Linear,
+    output: Arc<Matrix>,
+    scratch: Scratch,
+}
+
+/// Numbers of a step, kept so that no step has to ask for memory.
+#[derive(Default)]
+struct Scratch {
+    /// The residual stream, `[rows, hidden]`.
+    x: Vec<f32>,
+    normed: Vec<f32>,
+    quantized: QuantizedRows,
+    queries: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    attended: Vec<f32>,
+    fed: Vec<f32>,
+    /// What a half of a layer adds, where a norm comes before the addition.
+    change: Vec<f32>,
+    wanted: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+/// What all layers of a step share.
+struct Step<'a> {
+    config: &'a DecoderConfig,
+    compute: &'a Compute,
+    rows: &'a [Row],
+    runs: &'a [Run],
+    tables: &'a [&'a BlockTable],
+    global: &'a Rotations,
+    local: Option<&'a Rotations>,
 }
 
 impl Decoder {
@@ -54,29 +84,37 @@ impl Decoder {
     pub(crate) fn load(
         file: &GgufFile,
         config: DecoderConfig,
+        compute: Compute,
+        precision: WeightPrecision,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadModel> {
         config.check_tensors(file)?;
-        let (hidden, epsilon) = (config.hidden_size, config.norm_epsilon);
-        let table = Arc::new(file.tensor("token_embd.weight", &[config.vocab_size, hidden], &Device::Cpu)?);
+        let source = Source {
+            file,
+            compute: &compute,
+            precision,
+        };
+        let (hidden, shape) = (config.hidden_size, [config.vocab_size, config.hidden_size]);
+        let embedding = Arc::new(source.matrix("token_embd.weight", shape)?);
         let output = if file.tensors().contains_key("output.weight") {
-            Linear::load(file, "output.weight", [config.vocab_size, hidden])?
+            Arc::new(source.matrix("output.weight", shape)?)
         } else {
-            Linear::new(Arc::clone(&table), hidden)?
+            Arc::clone(&embedding)
         };
         let mut layers = Vec::with_capacity(config.layers);
         for index in 0..config.layers {
-            layers.push(Layer::load(file, &config, index)?);
+            layers.push(Layer::load(&source, &config, index)?);
             progress(index + 1, config.layers);
         }
-        let norm = RmsNorm::load(file, "output_norm.weight", hidden, epsilon)?;
-        let embedding = Embedding::new(table, hidden, config.embedding_scale);
+        let norm = source.norm("output_norm.weight", hidden, config.norm_epsilon)?;
         Ok(Self {
             config,
+            compute,
             embedding,
             layers,
             norm,
             output,
+            scratch: Scratch::default(),
         })
     }
 
@@ -93,19 +131,23 @@ impl Decoder {
         }
     }
 
-    /// One step. Blocks for every position must be reserved.
+    /// One step. Blocks for every position must be reserved, and tokens in the vocabulary.
     ///
-    /// Gives the logits after each row that wants them, `[vocabulary]` each, in the order of the rows.
+    /// Gives the logits after each row that wants them, `[rows that want them, vocabulary]`, in their order.
     pub(crate) fn forward(
-        &self,
+        &mut self,
         rows: &[Row],
         tables: &[&BlockTable],
         cache: &mut KvCache,
-    ) -> candle_core::Result<Vec<Vec<f32>>> {
-        let config = &self.config;
-        let runs = runs(rows, tables);
-        let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
-        let mut x = self.embedding.forward(&tokens)?;
+    ) -> &mut [f32] {
+        let (config, compute, scratch) = (&self.config, &self.compute, &mut self.scratch);
+        let hidden = config.hidden_size;
+        let runs = runs(rows);
+        scratch.x.resize(rows.len() * hidden, 0.0);
+        for_each_row(&compute.pool, &mut scratch.x, hidden, |index, x| {
+            self.embedding.row(rows[index].token as usize, x);
+            x.iter_mut().for_each(|x| *x *= config.embedding_scale);
+        });
         let positions = || rows.iter().map(|row| row.position);
         let global = Rotations::new(
             positions(),
@@ -117,167 +159,252 @@ impl Decoder {
         let local = config
             .sliding_window
             .map(|_| Rotations::new(positions(), config.rope_dimensions, config.rope_base_local, 1.0));
-        let mut normed = Vec::new();
+        let step = Step {
+            config,
+            compute,
+            rows,
+            runs: &runs,
+            tables,
+            global: &global,
+            local: local.as_ref(),
+        };
         for (index, layer) in self.layers.iter().enumerate() {
-            layer.attention_norm.forward(&x, &mut normed);
-            let rotations = local.as_ref().filter(|_| layer.local).unwrap_or(&global);
-            let mut attended = layer.attend(config, index, &normed, rows, &runs, tables, rotations, cache)?;
-            if let Some(norm) = &layer.post_attention_norm {
-                norm.apply(&mut attended);
-            }
-            add(&mut x, &attended);
-            layer.feed_norm.forward(&x, &mut normed);
-            let mut fed = layer.feed(config.activation, &normed)?;
-            if let Some(norm) = &layer.post_feed_norm {
-                norm.apply(&mut fed);
-            }
-            add(&mut x, &fed);
+            layer.attend(&step, index, scratch, cache);
+            layer.feed(&step, scratch);
         }
-        let hidden = config.hidden_size;
-        let wanted: Vec<f32> = rows
-            .iter()
-            .zip(x.chunks_exact(hidden))
-            .filter(|(row, _)| row.wants_logits)
-            .flat_map(|(_, x)| x.iter().copied())
-            .collect();
-        if wanted.is_empty() {
-            return Ok(Vec::new());
+        scratch.wanted.clear();
+        for (row, x) in rows.iter().zip(scratch.x.chunks_exact(hidden)) {
+            if row.wants_logits {
+                scratch.wanted.extend_from_slice(x);
+            }
         }
-        self.norm.forward(&wanted, &mut normed);
-        let logits = self.output.forward(&normed)?;
-        Ok(logits
-            .chunks_exact(config.vocab_size)
-            .map(<[f32]>::to_vec)
-            .collect())
+        let wanted = scratch.wanted.len() / hidden;
+        scratch.logits.resize(wanted * config.vocab_size, 0.0);
+        if wanted > 0 {
+            self.norm.forward(compute, &scratch.wanted, &mut scratch.normed);
+            product(
+                compute,
+                &scratch.normed,
+                &mut scratch.quantized,
+                &mut [(&self.output, &mut scratch.logits)],
+                Combine::Store,
+            );
+        }
+        &mut scratch.logits
+    }
+
+    /// What the latest step gave.
+    pub(crate) fn logits(&mut self) -> &mut [f32] {
+        &mut self.scratch.logits
     }
 }
 
 /// Rows of one sequence, together.
-fn runs<'a>(rows: &[Row], tables: &[&'a BlockTable]) -> Vec<Run<'a>> {
-    let mut runs: Vec<(usize, Run<'a>)> = Vec::new();
+fn runs(rows: &[Row]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
     for (index, row) in rows.iter().enumerate() {
         match runs.last_mut() {
-            Some((sequence, run)) if *sequence == row.sequence => run.rows += 1,
-            _ => runs.push((
-                row.sequence,
-                Run {
-                    table: tables[row.sequence],
-                    first_row: index,
-                    rows: 1,
-                    position: row.position,
-                },
-            )),
+            Some(run) if run.sequence == row.sequence => run.rows += 1,
+            _ => runs.push(Run {
+                sequence: row.sequence,
+                first_row: index,
+                rows: 1,
+                position: row.position,
+            }),
         }
     }
-    runs.into_iter().map(|(_, run)| run).collect()
+    runs
 }
 
-fn add(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
+/// Multiplies rows with matrices of the same width; results are sized as they need to be.
+fn product(
+    compute: &Compute,
+    x: &[f32],
+    quantized: &mut QuantizedRows,
+    targets: &mut [(&Matrix, &mut Vec<f32>)],
+    combine: Combine,
+) {
+    let columns = targets.first().map_or(1, |(matrix, _)| matrix.columns());
+    if targets.iter().any(|(matrix, _)| matrix.is_quantized()) {
+        quantized.set(compute, x, columns);
     }
+    let count = x.len() / columns;
+    let mut targets: Vec<Target<'_>> = targets
+        .iter_mut()
+        .map(|(matrix, out)| {
+            out.resize(count * matrix.rows(), 0.0);
+            Target { matrix, out }
+        })
+        .collect();
+    compute.product(Rows { floats: x, quantized }, &mut targets, combine);
 }
 
 impl Layer {
-    fn load(file: &GgufFile, config: &DecoderConfig, index: usize) -> Result<Self, LoadModel> {
+    fn load(source: &Source<'_>, config: &DecoderConfig, index: usize) -> Result<Self, LoadModel> {
         let name = |part: &str| format!("blk.{index}.{part}.weight");
         let (hidden, q, kv) = (
             config.hidden_size,
             config.heads * config.head_dim,
             config.kv_heads * config.head_dim,
         );
-        let norm = |part: &str, size: usize| RmsNorm::load(file, &name(part), size, config.norm_epsilon);
+        let norm = |part: &str, size: usize| source.norm(&name(part), size, config.norm_epsilon);
         let gemma_norm = |part: &str, size: usize| config.gemma_norms.then(|| norm(part, size)).transpose();
-        let linear =
-            |part: &str, rows: usize, columns: usize| Linear::load(file, &name(part), [rows, columns]);
-        Ok(Self {
+        let matrix = |part: &str, rows: usize, columns: usize| source.matrix(&name(part), [rows, columns]);
+        let layer = Self {
             attention_norm: norm("attn_norm", hidden)?,
-            query: linear("attn_q", q, hidden)?,
-            key: linear("attn_k", kv, hidden)?,
-            value: linear("attn_v", kv, hidden)?,
-            output: linear("attn_output", hidden, q)?,
+            query: matrix("attn_q", q, hidden)?,
+            key: matrix("attn_k", kv, hidden)?,
+            value: matrix("attn_v", kv, hidden)?,
+            output: matrix("attn_output", hidden, q)?,
             query_norm: gemma_norm("attn_q_norm", config.head_dim)?,
             key_norm: gemma_norm("attn_k_norm", config.head_dim)?,
             post_attention_norm: gemma_norm("post_attention_norm", hidden)?,
             feed_norm: norm("ffn_norm", hidden)?,
-            gate: linear("ffn_gate", config.feed_forward, hidden)?,
-            up: linear("ffn_up", config.feed_forward, hidden)?,
-            down: linear("ffn_down", hidden, config.feed_forward)?,
+            gate: matrix("ffn_gate", config.feed_forward, hidden)?,
+            up: matrix("ffn_up", config.feed_forward, hidden)?,
+            down: matrix("ffn_down", hidden, config.feed_forward)?,
             post_feed_norm: gemma_norm("post_ffw_norm", hidden)?,
             local: config.is_local(index),
-        })
+        };
+        Ok(layer)
     }
 
-    #[allow(clippy::too_many_arguments)] // one call, and every argument is one of the step's own
-    fn attend(
-        &self,
-        config: &DecoderConfig,
-        index: usize,
-        x: &[f32],
-        rows: &[Row],
-        runs: &[Run<'_>],
-        tables: &[&BlockTable],
-        rotations: &Rotations,
-        cache: &mut KvCache,
-    ) -> candle_core::Result<Vec<f32>> {
-        let (dim, halves) = (config.head_dim, config.rope_pairs == RopePairs::Halves);
-        let mut queries = self.query.forward(x)?;
-        let mut keys = self.key.forward(x)?;
-        let values = self.value.forward(x)?;
+    /// The first half: attention, added to the residual stream.
+    fn attend(&self, step: &Step<'_>, index: usize, scratch: &mut Scratch, cache: &mut KvCache) {
+        let Step {
+            config,
+            compute,
+            rows,
+            runs,
+            tables,
+            global,
+            local,
+        } = step;
+        self.attention_norm
+            .forward(compute, &scratch.x, &mut scratch.normed);
+        product(
+            compute,
+            &scratch.normed,
+            &mut scratch.quantized,
+            &mut [
+                (&self.query, &mut scratch.queries),
+                (&self.key, &mut scratch.keys),
+                (&self.value, &mut scratch.values),
+            ],
+            Combine::Store,
+        );
+        let rotations = local.filter(|_| self.local).unwrap_or(global);
+        let halves = config.rope_pairs == RopePairs::Halves;
         for (numbers, norm, heads) in [
-            (&mut queries, &self.query_norm, config.heads),
-            (&mut keys, &self.key_norm, config.kv_heads),
+            (&mut scratch.queries, &self.query_norm, config.heads),
+            (&mut scratch.keys, &self.key_norm, config.kv_heads),
         ] {
             if let Some(norm) = norm {
-                norm.apply(numbers);
+                norm.apply(compute, numbers);
             }
-            for (row, numbers) in numbers.chunks_exact_mut(heads * dim).enumerate() {
-                numbers
-                    .chunks_exact_mut(dim)
-                    .for_each(|head| rotations.turn(row, &mut head[..config.rope_dimensions], halves));
-            }
+            let shape = HeadShape {
+                heads,
+                head_dim: config.head_dim,
+            };
+            compute.rotate(numbers, shape, &rotations.cos, &rotations.sin, halves);
         }
-        let width = config.kv_heads * dim;
-        for ((row, key), value) in rows
-            .iter()
-            .zip(keys.chunks_exact(width))
-            .zip(values.chunks_exact(width))
-        {
+        let width = config.kv_heads * config.head_dim;
+        let pairs = scratch
+            .keys
+            .chunks_exact(width)
+            .zip(scratch.values.chunks_exact(width));
+        for (row, (key, value)) in rows.iter().zip(pairs) {
             let table = tables[row.sequence];
             cache.write(table, index, Side::Keys, row.position, key);
             cache.write(table, index, Side::Values, row.position, value);
         }
         let attention = Attention {
-            layer: index,
             heads: config.heads,
             kv_heads: config.kv_heads,
-            head_dim: dim,
-            scale: 1.0 / (dim as f32).sqrt(),
+            head_dim: config.head_dim,
+            scale: 1.0 / (config.head_dim as f32).sqrt(),
             window: config.sliding_window.filter(|_| self.local),
         };
-        let mut attended = vec![0.0; queries.len()];
-        attention.forward(cache, runs, &queries, &mut attended);
-        self.output.forward(&attended)
+        let layer_cache = LayerCache {
+            cache,
+            tables,
+            layer: index,
+        };
+        scratch.attended.resize(scratch.queries.len(), 0.0);
+        compute.attend(
+            &attention,
+            &layer_cache,
+            runs,
+            &scratch.queries,
+            &mut scratch.attended,
+        );
+        let Scratch {
+            x,
+            quantized,
+            attended,
+            change,
+            ..
+        } = scratch;
+        add_product(
+            compute,
+            attended,
+            quantized,
+            &self.output,
+            self.post_attention_norm.as_ref(),
+            (x, change),
+        );
     }
 
-    fn feed(&self, activation: Activation, x: &[f32]) -> candle_core::Result<Vec<f32>> {
-        let mut gate = self.gate.forward(x)?;
-        let up = self.up.forward(x)?;
-        gate.par_iter_mut()
-            .zip(up.par_iter())
-            .with_min_len(4096)
-            .for_each(|(gate, up)| {
-                *gate = match activation {
-                    Activation::Silu => *gate / (1.0 + (-*gate).exp()),
-                    Activation::Gelu => gelu(*gate),
-                } * up;
-            });
-        self.down.forward(&gate)
+    /// The second half: the feed-forward part, added to the residual stream.
+    fn feed(&self, step: &Step<'_>, scratch: &mut Scratch) {
+        let (config, compute) = (step.config, step.compute);
+        let Scratch {
+            x,
+            normed,
+            quantized,
+            fed,
+            change,
+            ..
+        } = scratch;
+        self.feed_norm.forward(compute, x, normed);
+        if self.gate.is_quantized() || self.up.is_quantized() {
+            quantized.set(compute, normed, config.hidden_size);
+        }
+        let gate = match config.activation {
+            Activation::Silu => Gate::Silu,
+            Activation::Gelu => Gate::Gelu,
+        };
+        fed.resize(step.rows.len() * config.feed_forward, 0.0);
+        let rows = Rows {
+            floats: normed,
+            quantized,
+        };
+        compute.gated(rows, (&self.gate, gate), &self.up, fed);
+        add_product(
+            compute,
+            fed,
+            quantized,
+            &self.down,
+            self.post_feed_norm.as_ref(),
+            (x, change),
+        );
     }
 }
 
-/// The tanh approximation of GELU. Source: Hendrycks & Gimpel 2016.
-fn gelu(x: f32) -> f32 {
-    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-    0.5 * x * (1.0 + (SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x)).tanh())
+/// Adds a product to the residual stream, normalised first where the model does that.
+fn add_product(
+    compute: &Compute,
+    from: &[f32],
+    quantized: &mut QuantizedRows,
+    matrix: &Matrix,
+    norm: Option<&RmsNorm>,
+    (x, change): (&mut Vec<f32>, &mut Vec<f32>),
+) {
+    let Some(norm) = norm else {
+        product(compute, from, quantized, &mut [(matrix, x)], Combine::Add);
+        return;
+    };
+    product(compute, from, quantized, &mut [(matrix, change)], Combine::Store);
+    norm.apply(compute, change);
+    compute.add(x, change);
 }

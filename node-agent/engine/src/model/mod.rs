@@ -1,6 +1,5 @@
-//! The models: decoders (llama, gemma3) and the BERT-type encoder, over candle's quantised matrices.
+//! The models: decoders (llama, gemma3) over this engine's kernels; the BERT-type encoder over candle's tensors.
 
-mod attention;
 mod bert;
 mod config;
 mod decoder;

@@ -13,6 +13,7 @@
 mod sequence;
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -28,6 +29,8 @@ use sequence::Sequence;
 /// Prompt rows in one step: long enough to be efficient, short enough that the answers under way keep
 /// their pace.
 const PROMPT_ROWS_PER_STEP: usize = 128;
+/// Prompt rows in a step that nobody else waits for; a cancelled prompt is noticed after so many.
+const PROMPT_ROWS_ALONE: usize = 512;
 
 /// A request that was accepted.
 pub(crate) struct Job {
@@ -108,7 +111,7 @@ impl Scheduler {
                 for mut sequence in std::mem::take(&mut self.running) {
                     self.cache.release(&mut sequence.table);
                     self.counters.leave();
-                    sequence.finish(FinishReason::Error(failure.to_string()));
+                    sequence.finish(FinishReason::Error(failure.clone()));
                 }
             }
         }
@@ -167,32 +170,43 @@ impl Scheduler {
     }
 
     /// One forward pass over everything that runs.
-    fn step(&mut self) -> candle_core::Result<()> {
+    fn step(&mut self) -> Result<(), String> {
         let mut rows = Vec::new();
-        let mut budget = PROMPT_ROWS_PER_STEP;
+        // Alone, a prompt may fill the step: nobody else's pace suffers.
+        let most = if self.running.len() == 1 {
+            PROMPT_ROWS_ALONE
+        } else {
+            PROMPT_ROWS_PER_STEP
+        };
+        let mut budget = most;
         for (index, sequence) in self.running.iter_mut().enumerate() {
             sequence.push_rows(index, &mut budget, &mut rows);
         }
-        let logits = {
-            let tables: Vec<&BlockTable> = self.running.iter().map(|sequence| &sequence.table).collect();
-            self.decoder.forward(&rows, &tables, &mut self.cache)?
-        };
-        let generated = logits.len();
+        let tables: Vec<&BlockTable> = self.running.iter().map(|sequence| &sequence.table).collect();
+        let (decoder, cache, rows) = (&mut self.decoder, &mut self.cache, rows.as_slice());
+        // A broken assertion in a kernel ends the answers under way, and not the worker.
+        let forward = AssertUnwindSafe(|| {
+            decoder.forward(rows, &tables, cache);
+        });
+        catch_unwind(forward).map_err(|_| "a kernel stopped at an assertion".to_owned())?;
         let owners: Vec<usize> = rows
             .iter()
             .filter(|row: &&Row| row.wants_logits)
             .map(|row| row.sequence)
             .collect();
+        let generated = owners.len();
+        let logits = self.decoder.logits();
+        let vocab_size = logits.len() / generated.max(1);
         let mut finished = Vec::new();
-        for (owner, mut logits) in owners.into_iter().zip(logits) {
+        for (owner, logits) in owners.into_iter().zip(logits.chunks_exact_mut(vocab_size.max(1))) {
             let Some(sequence) = self.running.get_mut(owner) else {
                 continue;
             };
-            if let Some(reason) = sequence.take(&mut logits, &self.tokenizer) {
+            if let Some(reason) = sequence.take(logits, &self.tokenizer) {
                 finished.push((owner, reason));
             }
         }
-        self.counters.step(PROMPT_ROWS_PER_STEP - budget, generated);
+        self.counters.step(most - budget, generated);
         for (owner, reason) in finished.into_iter().rev() {
             let mut sequence = self.running.remove(owner);
             self.cache.release(&mut sequence.table);

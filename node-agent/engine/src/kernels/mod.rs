@@ -1,0 +1,189 @@
+//! The compute kernels: where the engine's time goes, and the one place with unsafe code.
+//!
+//! ```text
+//! weights.rs   GGUF blocks repacked into tiles of 16 rows (unpack.rs knows the formats)
+//! rows.rs      activations as 8-bit integers with scales
+//! product.rs   tiles x rows, ragged batches of any height   ┐
+//! attention.rs softmax(q k) v over the paged cache          ├─ written once over simd.rs
+//! vector.rs    norms, gates, additions                      ┘
+//! simd.rs      the 16 lanes; x86.rs: AVX-512 VNNI, AVX-VNNI, AVX2; otherwise plain Rust
+//! pool.rs      the threads
+//! ```
+//! Three things make the unsafe code sound, and each is checked where a buffer comes in: lengths are
+//! asserted before pointers are made; threads write to disjoint places ([`pool::SharedMut`]); and a
+//! backend's value exists only on a processor that has its instructions ([`Dispatch`]).
+//!
+//! Every row is computed alike, whatever else is in its batch: the same operations in the same order. A
+//! row in a batch equals the row alone, bit for bit.
+#![allow(unsafe_code)]
+
+pub(crate) mod attention;
+pub(crate) mod pool;
+mod product;
+mod rows;
+mod simd;
+#[cfg(test)]
+mod tests;
+mod unpack;
+pub(crate) mod vector;
+mod weights;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub(crate) use pool::{Pool, available_threads};
+pub(crate) use product::{Combine, Gate, Rows, Target};
+pub(crate) use rows::QuantizedRows;
+pub(crate) use weights::{Matrix, WeightPrecision};
+
+use simd::{Portable, Simd};
+
+/// Instructions that a processor has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Level {
+    /// AVX-512 with VNNI: Intel since Ice Lake, AMD since Zen 4.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// AVX2 with AVX-VNNI: Intel since Alder Lake.
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    /// AVX2, FMA and F16C: nearly everything since 2013.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// Whatever the compiler makes of plain Rust; on 64-bit ARM that is NEON.
+    Portable,
+}
+
+impl Level {
+    /// All of this architecture, the best first.
+    const ALL: &[Self] = &[
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx512,
+        #[cfg(target_arch = "x86_64")]
+        Self::AvxVnni,
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx2,
+        Self::Portable,
+    ];
+
+    fn is_here(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                std::is_x86_feature_detected!("avx512f")
+                    && std::is_x86_feature_detected!("avx512bw")
+                    && std::is_x86_feature_detected!("avx512vl")
+                    && std::is_x86_feature_detected!("avx512dq")
+                    && std::is_x86_feature_detected!("avx512vnni")
+                    && Self::Avx2.is_here()
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => std::is_x86_feature_detected!("avxvnni") && Self::Avx2.is_here(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                std::is_x86_feature_detected!("avx2")
+                    && std::is_x86_feature_detected!("fma")
+                    && std::is_x86_feature_detected!("f16c")
+            }
+            Self::Portable => true,
+        }
+    }
+}
+
+/// A level that this processor was found to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Dispatch(Level);
+
+/// Something to compute, written once over the lanes.
+pub(crate) trait Operation {
+    type Output;
+
+    /// Computes it. Implementations are `#[inline(always)]`, so that they are compiled for each backend.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+impl Dispatch {
+    /// The levels that this processor has, the best first.
+    pub(crate) fn available() -> impl Iterator<Item = Self> {
+        Level::ALL
+            .iter()
+            .copied()
+            .filter(|level| level.is_here())
+            .map(Self)
+    }
+
+    /// The best level that this processor has.
+    pub(crate) fn best() -> Self {
+        Self::available().next().unwrap_or(Self(Level::Portable))
+    }
+
+    /// Its name, for logs and reports.
+    pub(crate) fn name(self) -> &'static str {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "AVX-512 VNNI",
+            #[cfg(target_arch = "x86_64")]
+            Level::AvxVnni => "AVX-VNNI",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "AVX2",
+            Level::Portable => "portable",
+        }
+    }
+
+    /// Runs an operation with this level's instructions.
+    #[inline]
+    pub(crate) fn run<O: Operation>(self, operation: O) -> O::Output {
+        // SAFETY: a `Dispatch` is made only after the processor was asked for the level's features.
+        unsafe {
+            match self.0 {
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx512 => avx512(operation),
+                #[cfg(target_arch = "x86_64")]
+                Level::AvxVnni => avx_vnni(operation),
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx2 => avx2(operation),
+                Level::Portable => operation.run(Portable),
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+fn avx512<O: Operation>(operation: O) -> O::Output {
+    // SAFETY: the features of this very function.
+    operation.run(unsafe { x86::Avx512::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+fn avx_vnni<O: Operation>(operation: O) -> O::Output {
+    // SAFETY: the features of this very function.
+    operation.run(unsafe { x86::Avx2::<true>::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn avx2<O: Operation>(operation: O) -> O::Output {
+    // SAFETY: the features of this very function.
+    operation.run(unsafe { x86::Avx2::<false>::new() })
+}
+
+/// Threads and instructions: what everything is computed with.
+#[derive(Clone)]
+pub(crate) struct Compute {
+    pub(crate) pool: Pool,
+    pub(crate) dispatch: Dispatch,
+}
+
+impl Compute {
+    /// The best instructions, on so many threads.
+    ///
+    /// # Errors
+    /// When the system starts no thread.
+    pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
+        Ok(Self {
+            pool: Pool::new(threads)?,
+            dispatch: Dispatch::best(),
+        })
+    }
+}

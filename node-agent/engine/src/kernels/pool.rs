@@ -1,0 +1,390 @@
+//! Threads that compute together: a step of a model is some hundred short jobs, one after the other.
+//!
+//! The caller's thread works too. The others look for the next job for a moment ([`SPIN`]) and then sleep,
+//! so an idle engine costs nothing. A job is never waited for by name: who comes takes part, and whoever
+//! is late (its core was taken away) finds the job closed. So a contended machine computes at the pace of
+//! the cores that it has, not at that of the slowest.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a thread looks for the next job before it sleeps: longer than the pauses inside a step (a few
+/// microseconds) and between two steps (sampling, tens), shorter than anybody would see in a bill.
+const SPIN: Duration = Duration::from_micros(120);
+/// Looks between two readings of the clock.
+const LOOKS: u32 = 256;
+
+/// Participants of the job, in the low bits of the state.
+const PARTICIPANTS: u64 = 0xffff;
+/// The job takes nobody in any more.
+const CLOSED: u64 = 1 << 16;
+/// One job later.
+const NEXT: u64 = 1 << 17;
+
+/// What a job is made of: a function and the numbers it is called with.
+struct Job<'a> {
+    work: &'a (dyn Fn(usize) + Sync),
+    count: usize,
+    grain: usize,
+    cursor: AtomicUsize,
+    panicked: AtomicBool,
+}
+
+impl Job<'_> {
+    fn work(&self) {
+        let run = || {
+            loop {
+                let start = self.cursor.fetch_add(self.grain, Ordering::Relaxed);
+                if start >= self.count {
+                    return;
+                }
+                for index in start..(start + self.grain).min(self.count) {
+                    (self.work)(index);
+                }
+            }
+        };
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
+            // The others stop soon; the caller passes the panic on.
+            self.cursor.store(self.count, Ordering::Relaxed);
+            self.panicked.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+struct Shared {
+    /// Number of the job, whether it is closed, and how many take part (the caller not counted).
+    state: AtomicU64,
+    /// The job, valid while it is open or somebody takes part.
+    job: AtomicPtr<()>,
+    done: AtomicUsize,
+    sleeping: AtomicUsize,
+    stop: AtomicBool,
+}
+
+/// A pool of threads. Clones share it; the last to go ends them.
+#[derive(Clone)]
+pub(crate) struct Pool {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// One job at a time.
+    turn: Mutex<()>,
+}
+
+impl Pool {
+    /// A pool that computes on `threads` threads, the caller's among them.
+    ///
+    /// # Errors
+    /// When the system starts no thread.
+    pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(CLOSED),
+            job: AtomicPtr::new(std::ptr::null_mut()),
+            done: AtomicUsize::new(0),
+            sleeping: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+        });
+        let threads = (1..threads)
+            .map(|index| {
+                let shared = Arc::clone(&shared);
+                std::thread::Builder::new()
+                    .name(format!("compute-{index}"))
+                    .spawn(move || shared.serve())
+            })
+            .collect::<std::io::Result<Vec<_>>>()?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                shared,
+                threads,
+                turn: Mutex::new(()),
+            }),
+        })
+    }
+
+    /// Threads that compute, the caller's among them.
+    pub(crate) fn threads(&self) -> usize {
+        self.inner.threads.len() + 1
+    }
+
+    /// Calls `work` with every number below `count`, `grain` after each other on one thread. Returns when
+    /// all are done.
+    ///
+    /// # Panics
+    /// When `work` panics.
+    pub(crate) fn run(&self, count: usize, grain: usize, work: &(dyn Fn(usize) + Sync)) {
+        if self.inner.threads.is_empty() || count <= grain {
+            (0..count).for_each(work);
+            return;
+        }
+        let _turn = self.inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let job = Job {
+            work,
+            count,
+            grain,
+            cursor: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+        };
+        self.inner.publish(&job);
+        job.work();
+        self.inner.close();
+        assert!(
+            !job.panicked.load(Ordering::Relaxed),
+            "a computing thread panicked"
+        );
+    }
+
+    /// Calls `work` with each chunk of `items` and its number.
+    pub(crate) fn for_each_chunk<T: Send>(
+        &self,
+        items: &mut [T],
+        chunk: usize,
+        work: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let (length, start) = (items.len(), SharedMut::new(items));
+        self.run(length.div_ceil(chunk), 1, &|index| {
+            let begin = index * chunk;
+            let count = chunk.min(length - begin);
+            // SAFETY: chunks of different numbers do not overlap, each number is handed out once, and
+            // `items` is borrowed until `run` returns.
+            let part = unsafe { start.slice(begin..begin + count) };
+            work(index, part);
+        });
+    }
+}
+
+/// A pointer whose user promises that threads write to different places.
+pub(crate) struct SharedMut<T>(*mut T);
+
+impl<T> Clone for SharedMut<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for SharedMut<T> {}
+
+// SAFETY: it is only an address; whoever reads or writes through it says why that is sound.
+unsafe impl<T: Send> Send for SharedMut<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedMut<T> {}
+
+impl<T> SharedMut<T> {
+    pub(crate) fn new(items: &mut [T]) -> Self {
+        Self(items.as_mut_ptr())
+    }
+
+    /// The place `index` items on.
+    ///
+    /// # Safety
+    /// `index` is inside the items that it was made of, or just behind.
+    pub(super) unsafe fn at(self, index: usize) -> *mut T {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(index) }
+    }
+
+    /// A part of the items.
+    ///
+    /// # Safety
+    /// The items are still borrowed, the range is inside them, and nobody else uses it meanwhile.
+    pub(super) unsafe fn slice<'a>(self, range: Range<usize>) -> &'a mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(range.start), range.len()) }
+    }
+}
+
+impl Inner {
+    fn publish(&self, job: &Job<'_>) {
+        let shared = &self.shared;
+        shared.done.store(0, Ordering::Relaxed);
+        shared
+            .job
+            .store(std::ptr::from_ref(job).cast_mut().cast(), Ordering::Relaxed);
+        let number = (shared.state.load(Ordering::Relaxed) & !(NEXT - 1)).wrapping_add(NEXT);
+        // Sequentially consistent with the sleepers: either they see the job or we see them.
+        shared.state.store(number, Ordering::SeqCst);
+        if shared.sleeping.load(Ordering::SeqCst) > 0 {
+            for thread in &self.threads {
+                thread.thread().unpark();
+            }
+        }
+    }
+
+    /// Lets nobody in any more and waits for those who are inside: the job may be forgotten then.
+    fn close(&self) {
+        let shared = &self.shared;
+        let state = shared.state.fetch_or(CLOSED, Ordering::AcqRel);
+        let participants = (state & PARTICIPANTS) as usize;
+        let mut looks = 0_u32;
+        while shared.done.load(Ordering::Acquire) != participants {
+            looks += 1;
+            if looks > 1 << 14 {
+                // The core of one of them is at work for somebody else.
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for thread in self.threads.drain(..) {
+            thread.thread().unpark();
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    /// A thread's life.
+    fn serve(&self) {
+        let mut seen = self.state.load(Ordering::Acquire) & !(NEXT - 1);
+        loop {
+            let Some(number) = self.next_job(seen) else { return };
+            seen = number;
+            if self.enter(number) {
+                let job = self.job.load(Ordering::Relaxed).cast::<Job<'static>>();
+                // SAFETY: `publish` wrote the pointer before it opened this job, `enter` has read that
+                // opening, and `close` waits for everybody who entered before the job's owner goes on.
+                unsafe { &*job }.work();
+                self.done.fetch_add(1, Ordering::Release);
+            }
+        }
+    }
+
+    /// Waits for a job after `seen`. None when the pool ends.
+    fn next_job(&self, seen: u64) -> Option<u64> {
+        let found = || {
+            let number = self.state.load(Ordering::Acquire) & !(NEXT - 1);
+            (number != seen).then_some(number)
+        };
+        let started = Instant::now();
+        loop {
+            for _ in 0..LOOKS {
+                if let Some(number) = found() {
+                    return Some(number);
+                }
+                std::hint::spin_loop();
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            if started.elapsed() > SPIN {
+                break;
+            }
+        }
+        self.sleeping.fetch_add(1, Ordering::SeqCst);
+        let number = loop {
+            let number = self.state.load(Ordering::SeqCst) & !(NEXT - 1);
+            if number != seen {
+                break Some(number);
+            }
+            if self.stop.load(Ordering::SeqCst) {
+                break None;
+            }
+            std::thread::park();
+        };
+        self.sleeping.fetch_sub(1, Ordering::SeqCst);
+        number
+    }
+
+    /// Takes part in job `number`, unless it is over.
+    fn enter(&self, number: u64) -> bool {
+        let mut state = self.state.load(Ordering::Acquire);
+        loop {
+            if state & !(NEXT - 1) != number || state & CLOSED != 0 {
+                return false;
+            }
+            match self
+                .state
+                .compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => return true,
+                Err(now) => state = now,
+            }
+        }
+    }
+}
+
+/// Threads that this process may keep busy: the processor's, less what a cgroup's quota or an affinity
+/// leaves out.
+pub(crate) fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_is_worked_on_once_by_any_count_of_threads() {
+        for threads in 1..5 {
+            let pool = Pool::new(threads).unwrap();
+            assert_eq!(pool.threads(), threads);
+            for round in 0..200 {
+                let count = round * 7 % 61;
+                let hits: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(count, 1 + round % 4, &|i| {
+                    hits[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(hits.iter().all(|hit| hit.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn chunks_are_disjoint_and_all_are_there() {
+        let pool = Pool::new(3).unwrap();
+        let mut items = vec![0_usize; 1001];
+        pool.for_each_chunk(&mut items, 10, |index, chunk| {
+            chunk
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, x)| *x = index * 10 + i);
+        });
+        assert!(items.iter().enumerate().all(|(i, &x)| i == x));
+    }
+
+    #[test]
+    fn many_callers_take_turns() {
+        let pool = Pool::new(2).unwrap();
+        let total = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        pool.run(16, 1, &|_| {
+                            total.fetch_add(1, Ordering::Relaxed);
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(total.into_inner(), 4 * 200 * 16);
+    }
+
+    #[test]
+    fn sleepers_wake_and_a_panic_reaches_the_caller() {
+        let pool = Pool::new(2).unwrap();
+        std::thread::sleep(SPIN * 20);
+        let hits = AtomicUsize::new(0);
+        pool.run(64, 1, &|_| {
+            hits.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(hits.load(Ordering::Relaxed), 64);
+        let panics = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            pool.run(8, 1, &|i| assert!(i != 5, "number 5"));
+        }));
+        assert!(panics.is_err());
+        pool.run(8, 1, &|_| ());
+    }
+}

@@ -1,0 +1,458 @@
+//! Every kernel at every level that this processor has, against plain arithmetic in 64 bits.
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use half::f16;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::attention::{Attention, BLOCK_TOKENS, Cache, Numbers, Run, padded};
+use super::vector::{HeadShape, argmax};
+use super::*;
+
+const QUANTIZED: [GgmlDType; 10] = [
+    GgmlDType::Q4_0,
+    GgmlDType::Q4_1,
+    GgmlDType::Q5_0,
+    GgmlDType::Q5_1,
+    GgmlDType::Q8_0,
+    GgmlDType::Q2K,
+    GgmlDType::Q3K,
+    GgmlDType::Q4K,
+    GgmlDType::Q5K,
+    GgmlDType::Q6K,
+];
+const FLOATS: [GgmlDType; 3] = [GgmlDType::F16, GgmlDType::BF16, GgmlDType::F32];
+
+fn numbers(rng: &mut StdRng, count: usize) -> Vec<f32> {
+    (0..count).map(|_| rng.random_range(-1.0..1.0_f32)).collect()
+}
+
+/// A compute context for each level, on one and on three threads.
+fn contexts() -> impl Iterator<Item = Compute> {
+    Dispatch::available().flat_map(|dispatch| {
+        [1, 3].map(|threads| Compute {
+            pool: Pool::new(threads).unwrap(),
+            dispatch,
+        })
+    })
+}
+
+/// Weights as a file holds them, and what they stand for.
+fn weights(rng: &mut StdRng, dtype: GgmlDType, rows: usize, columns: usize) -> (Vec<u8>, Vec<f32>) {
+    let tensor = Tensor::from_vec(numbers(rng, rows * columns), (rows, columns), &Device::Cpu).unwrap();
+    let tensor = QTensor::quantize(&tensor, dtype).unwrap();
+    let values = tensor.dequantize(&Device::Cpu).unwrap();
+    (
+        tensor.data().unwrap().into_owned(),
+        values.flatten_all().unwrap().to_vec1().unwrap(),
+    )
+}
+
+/// `[m, n]` of `x [m, k]` and `w [n, k]`, in 64 bits.
+fn reference(x: &[f32], w: &[f32], k: usize) -> Vec<f64> {
+    x.chunks_exact(k)
+        .flat_map(|x| {
+            w.chunks_exact(k).map(|w| {
+                x.iter()
+                    .zip(w)
+                    .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                    .sum::<f64>()
+            })
+        })
+        .collect()
+}
+
+/// What is left of activations after they were rounded to 8 bits.
+fn rounded(x: &[f32]) -> Vec<f32> {
+    x.chunks_exact(32)
+        .flat_map(|x| {
+            let most = x.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+            let (scale, inverse) = (most / 127.0, if most > 0.0 { 127.0 / most } else { 0.0 });
+            x.iter()
+                .map(move |x| (x * inverse).round_ties_even() * scale)
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn product(compute: &Compute, matrix: &Matrix, x: &[f32], out: &mut [f32], combine: Combine) {
+    let mut quantized = QuantizedRows::default();
+    if matrix.is_quantized() {
+        quantized.set(compute, x, matrix.columns());
+    }
+    let rows = Rows {
+        floats: x,
+        quantized: &quantized,
+    };
+    compute.product(rows, &mut [Target { matrix, out }], combine);
+}
+
+fn close(found: &[f32], expected: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(found.len(), expected.len());
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let difference = (f64::from(*found) - expected).abs();
+        assert!(
+            difference <= tolerance * (1.0 + expected.abs()),
+            "{what}: number {index} is {found} and should be {expected}"
+        );
+    }
+}
+
+#[test]
+fn rows_of_every_format_are_read_as_candle_reads_them() {
+    let mut rng = StdRng::seed_from_u64(1);
+    for dtype in QUANTIZED.into_iter().chain(FLOATS) {
+        let (rows, columns) = (21, 512);
+        let (bytes, values) = weights(&mut rng, dtype, rows, columns);
+        let compute = Compute::new(2).unwrap();
+        let pack = |precision| Matrix::pack(&compute, dtype, &bytes, [rows, columns], precision).unwrap();
+        let (native, float) = (pack(WeightPrecision::Native), pack(WeightPrecision::Float));
+        for (row, values) in values.chunks_exact(columns).enumerate() {
+            let expected: Vec<f64> = values.iter().copied().map(f64::from).collect();
+            let mut out = vec![0.0; columns];
+            float.row(row, &mut out);
+            close(&out, &expected, 1e-6, &format!("{dtype:?} as floats"));
+            // The scales of K formats are products, kept in half precision.
+            native.row(row, &mut out);
+            close(&out, &expected, 1e-3, &format!("{dtype:?}"));
+        }
+    }
+}
+
+#[test]
+fn products_equal_plain_arithmetic_in_every_format_and_shape() {
+    let mut rng = StdRng::seed_from_u64(2);
+    for dtype in QUANTIZED.into_iter().chain(FLOATS) {
+        for (rows, columns) in [(1, 256), (16, 256), (37, 768), (64, 1024)] {
+            let (bytes, _) = weights(&mut rng, dtype, rows, columns);
+            for compute in contexts() {
+                let matrix =
+                    Matrix::pack(&compute, dtype, &bytes, [rows, columns], WeightPrecision::Native).unwrap();
+                let mut values = vec![0.0; rows * columns];
+                for (row, out) in values.chunks_exact_mut(columns).enumerate() {
+                    matrix.row(row, out);
+                }
+                for count in [1, 2, 3, 7, 8, 13, 70] {
+                    let x = numbers(&mut rng, count * columns);
+                    let seen = if matrix.is_quantized() {
+                        rounded(&x)
+                    } else {
+                        x.clone()
+                    };
+                    let expected = reference(&seen, &values, columns);
+                    let mut out = vec![f32::NAN; count * rows];
+                    product(&compute, &matrix, &x, &mut out, Combine::Store);
+                    let what = format!(
+                        "{dtype:?} {rows}x{columns} x {count}, {}",
+                        compute.dispatch.name()
+                    );
+                    close(&out, &expected, 2e-5, &what);
+                    let twice: Vec<f64> = expected.iter().map(|x| 2.0 * x).collect();
+                    product(&compute, &matrix, &x, &mut out, Combine::Add);
+                    close(&out, &twice, 4e-5, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Thirty-two columns only: what files of small models have, and no multiple of 256.
+#[test]
+fn narrow_matrices_work_in_the_formats_that_allow_them() {
+    let mut rng = StdRng::seed_from_u64(3);
+    for dtype in &QUANTIZED[..5] {
+        let (bytes, values) = weights(&mut rng, *dtype, 48, 32);
+        for compute in contexts() {
+            let matrix = Matrix::pack(&compute, *dtype, &bytes, [48, 32], WeightPrecision::Native).unwrap();
+            let x = numbers(&mut rng, 5 * 32);
+            let mut out = vec![0.0; 5 * 48];
+            product(&compute, &matrix, &x, &mut out, Combine::Store);
+            close(&out, &reference(&rounded(&x), &values, 32), 1e-4, "32 columns");
+        }
+    }
+}
+
+/// The largest weights with the largest activations: sums of 16 bits would overflow here.
+#[test]
+fn extreme_numbers_do_not_overflow() {
+    for dtype in QUANTIZED {
+        let columns = 512;
+        let extreme: Vec<f32> = (0..columns)
+            .map(|i| if i % 64 < 32 { 1.0 } else { -1.0 })
+            .collect();
+        let tensor = Tensor::from_vec(extreme.clone(), (1, columns), &Device::Cpu).unwrap();
+        let tensor = QTensor::quantize(&tensor, dtype).unwrap();
+        let bytes = tensor.data().unwrap().into_owned();
+        for compute in contexts() {
+            let matrix =
+                Matrix::pack(&compute, dtype, &bytes, [1, columns], WeightPrecision::Native).unwrap();
+            let mut values = vec![0.0; columns];
+            matrix.row(0, &mut values);
+            for sign in [1.0, -1.0] {
+                let x: Vec<f32> = extreme.iter().map(|x| sign * x).collect();
+                let mut out = [0.0];
+                product(&compute, &matrix, &x, &mut out, Combine::Store);
+                close(
+                    &out,
+                    &reference(&x, &values, columns),
+                    1e-5,
+                    &format!("{dtype:?}"),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_in_a_batch_equals_the_row_alone_to_the_bit() {
+    let mut rng = StdRng::seed_from_u64(4);
+    for dtype in QUANTIZED.into_iter().chain(FLOATS) {
+        let (rows, columns) = (40, 512);
+        let (bytes, _) = weights(&mut rng, dtype, rows, columns);
+        for compute in contexts() {
+            let matrix =
+                Matrix::pack(&compute, dtype, &bytes, [rows, columns], WeightPrecision::Native).unwrap();
+            let x = numbers(&mut rng, 15 * columns);
+            let mut together = vec![0.0; 15 * rows];
+            product(&compute, &matrix, &x, &mut together, Combine::Store);
+            for (x, together) in x.chunks_exact(columns).zip(together.chunks_exact(rows)) {
+                let mut alone = vec![0.0; rows];
+                product(&compute, &matrix, x, &mut alone, Combine::Store);
+                assert_eq!(alone, together, "{dtype:?} {}", compute.dispatch.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn gated_products_equal_plain_arithmetic() {
+    let mut rng = StdRng::seed_from_u64(5);
+    let (rows, columns) = (40, 256);
+    let (gate, gate_values) = weights(&mut rng, GgmlDType::Q4_1, rows, columns);
+    let (up, up_values) = weights(&mut rng, GgmlDType::Q8_0, rows, columns);
+    for compute in contexts() {
+        let pack =
+            |dtype, bytes| Matrix::pack(&compute, dtype, bytes, [rows, columns], WeightPrecision::Native);
+        let (gate, up) = (
+            pack(GgmlDType::Q4_1, &gate).unwrap(),
+            pack(GgmlDType::Q8_0, &up).unwrap(),
+        );
+        let x = numbers(&mut rng, 9 * columns);
+        let mut quantized = QuantizedRows::default();
+        quantized.set(&compute, &x, columns);
+        let opened = reference(&rounded(&x), &gate_values, columns);
+        let raised = reference(&rounded(&x), &up_values, columns);
+        for kind in [Gate::Silu, Gate::Gelu] {
+            let expected: Vec<f64> = opened
+                .iter()
+                .zip(&raised)
+                .map(|(x, up)| {
+                    let gate = match kind {
+                        Gate::Silu => x / (1.0 + (-x).exp()),
+                        Gate::Gelu => {
+                            0.5 * x * (1.0 + (0.797_884_560_8 * (x + 0.044_715 * x * x * x)).tanh())
+                        }
+                    };
+                    gate * up
+                })
+                .collect();
+            let mut out = vec![0.0; 9 * rows];
+            let rows = Rows {
+                floats: &x,
+                quantized: &quantized,
+            };
+            compute.gated(rows, (&gate, kind), &up, &mut out);
+            close(&out, &expected, 1e-3, &format!("{kind:?}"));
+        }
+    }
+}
+
+#[test]
+fn what_is_not_a_number_stays_so() {
+    let mut rng = StdRng::seed_from_u64(6);
+    let (bytes, _) = weights(&mut rng, GgmlDType::Q4_0, 16, 64);
+    for compute in contexts() {
+        let matrix = Matrix::pack(
+            &compute,
+            GgmlDType::Q4_0,
+            &bytes,
+            [16, 64],
+            WeightPrecision::Native,
+        )
+        .unwrap();
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for place in [0, 17, 63] {
+                let mut x = numbers(&mut rng, 3 * 64);
+                x[64 + place] = bad;
+                let mut out = vec![0.0; 3 * 16];
+                product(&compute, &matrix, &x, &mut out, Combine::Store);
+                assert!(out[..16].iter().chain(&out[32..]).all(|x| x.is_finite()));
+                assert!(out[16..32].iter().all(|x| x.is_nan()), "{bad} at {place}");
+            }
+        }
+    }
+}
+
+#[test]
+fn norms_and_sums_equal_plain_arithmetic() {
+    let mut rng = StdRng::seed_from_u64(7);
+    for compute in contexts() {
+        for size in [2, 16, 40, 576] {
+            let (x, weight) = (numbers(&mut rng, 30 * size), numbers(&mut rng, size));
+            let expected: Vec<f64> = x
+                .chunks_exact(size)
+                .flat_map(|x| {
+                    let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / size as f64;
+                    let scale = 1.0 / (mean + 1e-5).sqrt();
+                    x.iter()
+                        .zip(&weight)
+                        .map(move |(x, w)| f64::from(*x) * scale * f64::from(*w))
+                        .collect::<Vec<_>>()
+                })
+                .collect();
+            let mut out = vec![0.0; x.len()];
+            compute.rms_norm(&x, &mut out, &weight, 1e-5);
+            close(&out, &expected, 1e-5, "norm");
+            let mut sum = x.clone();
+            compute.add(&mut sum, &out);
+            let expected: Vec<f64> = x.iter().zip(&expected).map(|(a, b)| f64::from(*a) + b).collect();
+            close(&sum, &expected, 1e-5, "sum");
+        }
+    }
+    assert_eq!(argmax(&[1.0, 5.0, f32::NAN, 5.0]), Some(1));
+    let mut many = numbers(&mut rng, 1001);
+    many[1000] = 2.0;
+    assert_eq!(argmax(&many), Some(1000));
+    assert_eq!(argmax(&[]), None);
+}
+
+#[test]
+fn heads_turn_in_both_ways_of_pairing() {
+    let mut rng = StdRng::seed_from_u64(8);
+    let (heads, head_dim, half) = (3, 20, 9);
+    let x = numbers(&mut rng, 2 * heads * head_dim);
+    let (cos, sin) = (numbers(&mut rng, 2 * half), numbers(&mut rng, 2 * half));
+    for compute in contexts() {
+        for halves in [false, true] {
+            let mut expected: Vec<f64> = x.iter().copied().map(f64::from).collect();
+            for (row, x) in expected.chunks_exact_mut(heads * head_dim).enumerate() {
+                for head in x.chunks_exact_mut(head_dim) {
+                    for i in 0..half {
+                        let (a, b) = if halves { (i, i + half) } else { (2 * i, 2 * i + 1) };
+                        let (c, s) = (f64::from(cos[row * half + i]), f64::from(sin[row * half + i]));
+                        (head[a], head[b]) = (head[a] * c - head[b] * s, head[a] * s + head[b] * c);
+                    }
+                }
+            }
+            let mut out = x.clone();
+            compute.rotate(&mut out, HeadShape { heads, head_dim }, &cos, &sin, halves);
+            close(&out, &expected, 1e-6, "rotation");
+        }
+    }
+}
+
+/// A cache of one sequence and one head for each KV head.
+struct TestCache {
+    blocks: Vec<Vec<(Vec<f16>, Vec<f16>)>>,
+}
+
+impl Cache for TestCache {
+    fn block(&self, _: usize, block: usize, kv_head: usize) -> (Numbers<'_>, Numbers<'_>) {
+        let (keys, values) = &self.blocks[block][kv_head];
+        (Numbers::F16(keys), Numbers::F16(values))
+    }
+}
+
+#[test]
+fn attention_equals_plain_arithmetic_and_no_row_knows_the_others() {
+    let mut rng = StdRng::seed_from_u64(9);
+    for (heads, kv_heads, head_dim) in [(3, 3, 8), (6, 2, 64), (4, 1, 80)] {
+        for window in [None, Some(70)] {
+            let tokens = 1100;
+            let (keys, values) = (
+                numbers(&mut rng, tokens * kv_heads * head_dim),
+                numbers(&mut rng, tokens * kv_heads * head_dim),
+            );
+            let half = |x: f32| f16::from_f32(x);
+            let at =
+                |x: &[f32], token: usize, head: usize, d: usize| x[(token * kv_heads + head) * head_dim + d];
+            let blocks = (0..tokens.div_ceil(BLOCK_TOKENS)).map(|block| {
+                (0..kv_heads)
+                    .map(|head| {
+                        let width = padded(head_dim);
+                        // What nobody wrote yet must not matter.
+                        let mut k = vec![f16::MAX; width * BLOCK_TOKENS];
+                        let mut v = vec![f16::MAX; width * BLOCK_TOKENS];
+                        for t in 0..BLOCK_TOKENS.min(tokens - block * BLOCK_TOKENS) {
+                            for d in 0..head_dim {
+                                k[d * BLOCK_TOKENS + t] = half(at(&keys, block * BLOCK_TOKENS + t, head, d));
+                                v[t * width + d] = half(at(&values, block * BLOCK_TOKENS + t, head, d));
+                            }
+                        }
+                        (k, v)
+                    })
+                    .collect()
+            });
+            let cache = TestCache {
+                blocks: blocks.collect(),
+            };
+            let attention = Attention {
+                heads,
+                kv_heads,
+                head_dim,
+                scale: 0.4,
+                window,
+            };
+            let rows = 37;
+            let position = tokens - rows;
+            let queries = numbers(&mut rng, rows * heads * head_dim);
+            let mut expected = Vec::new();
+            for row in 0..rows {
+                for head in 0..heads {
+                    let query = &queries[(row * heads + head) * head_dim..][..head_dim];
+                    let kv_head = head / (heads / kv_heads);
+                    let last = position + row;
+                    let first = window.map_or(0, |window| (last + 1).saturating_sub(window));
+                    let number = |x: &[f32], t, d| half(at(x, t, kv_head, d)).to_f64();
+                    let weights: Vec<f64> = (first..=last)
+                        .map(|t| {
+                            let score: f64 = (0..head_dim)
+                                .map(|d| f64::from(query[d]) * number(&keys, t, d))
+                                .sum();
+                            (0.4 * score).exp()
+                        })
+                        .collect();
+                    let total: f64 = weights.iter().sum();
+                    expected.extend((0..head_dim).map(|d| {
+                        (first..=last)
+                            .zip(&weights)
+                            .map(|(t, weight)| weight * number(&values, t, d))
+                            .sum::<f64>()
+                            / total
+                    }));
+                }
+            }
+            for compute in contexts() {
+                let mut run = Run {
+                    sequence: 0,
+                    first_row: 0,
+                    rows,
+                    position,
+                };
+                let mut together = vec![0.0; queries.len()];
+                compute.attend(&attention, &cache, &[run], &queries, &mut together);
+                close(&together, &expected, 2e-5, compute.dispatch.name());
+                let width = heads * head_dim;
+                for row in [0, 5, rows - 1] {
+                    run.position = position + row;
+                    run.rows = 1;
+                    let range = row * width..(row + 1) * width;
+                    let mut alone = vec![0.0; width];
+                    compute.attend(&attention, &cache, &[run], &queries[range.clone()], &mut alone);
+                    assert_eq!(alone, together[range], "{}", compute.dispatch.name());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! What is done to rows of numbers between two products: norms, gates, rotations, the search for the best.
+
+use super::pool::Pool;
+use super::simd::{LANES, Simd, exp};
+use super::{Compute, Dispatch, Operation};
+
+/// Numbers that one thread handles before another has heard of them.
+const GRAIN_NUMBERS: usize = 8192;
+
+/// x / (1 + e^-x).
+#[inline(always)]
+pub(super) fn silu<S: Simd>(simd: S, x: S::F) -> S::F {
+    let one = simd.splat(1.0);
+    let negative = simd.sub(simd.splat(0.0), x);
+    simd.div(x, simd.add(one, exp(simd, negative)))
+}
+
+/// The tanh approximation of GELU, by x * sigmoid(2u), which is the same as x / 2 * (1 + tanh u).
+#[inline(always)]
+pub(super) fn gelu<S: Simd>(simd: S, x: S::F) -> S::F {
+    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+    let cubic = simd.fma(simd.mul(simd.splat(0.044_715), x), simd.mul(x, x), x);
+    let u = simd.mul(cubic, simd.splat(-2.0 * SQRT_2_OVER_PI));
+    simd.div(x, simd.add(simd.splat(1.0), exp(simd, u)))
+}
+
+/// Sixteen numbers of a slice from `start`, zeros behind its end.
+#[inline(always)]
+pub(super) fn load_part<S: Simd>(simd: S, x: &[f32], start: usize) -> S::F {
+    if x.len() >= start + LANES {
+        // SAFETY: the length was just compared.
+        unsafe { simd.load(x.as_ptr().add(start)) }
+    } else {
+        let mut part = [0.0; LANES];
+        for (to, from) in part.iter_mut().zip(x.iter().skip(start)) {
+            *to = *from;
+        }
+        // SAFETY: `part` has 16 numbers.
+        unsafe { simd.load(part.as_ptr()) }
+    }
+}
+
+/// Writes the numbers that fit into `x` from `start` on.
+#[inline(always)]
+pub(super) fn store_part<S: Simd>(simd: S, x: &mut [f32], start: usize, numbers: S::F) {
+    if x.len() >= start + LANES {
+        // SAFETY: the length was just compared.
+        unsafe { simd.store(x.as_mut_ptr().add(start), numbers) }
+    } else {
+        let mut part = [0.0; LANES];
+        // SAFETY: `part` has 16 places.
+        unsafe { simd.store(part.as_mut_ptr(), numbers) }
+        for (to, from) in x.iter_mut().skip(start).zip(part) {
+            *to = from;
+        }
+    }
+}
+
+/// `x * weight / sqrt(mean(x^2) + epsilon)`, for each chunk of `weight.len()` numbers.
+struct RmsNorm<'a> {
+    from: &'a [f32],
+    to: &'a mut [f32],
+    weight: &'a [f32],
+    epsilon: f32,
+}
+
+impl Operation for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let size = self.weight.len();
+        for (from, to) in self.from.chunks_exact(size).zip(self.to.chunks_exact_mut(size)) {
+            let mut squares = [simd.splat(0.0); 2];
+            for (index, start) in (0..size).step_by(LANES).enumerate() {
+                let x = load_part(simd, from, start);
+                squares[index % 2] = simd.fma(x, x, squares[index % 2]);
+            }
+            let square = simd.reduce_add(simd.add(squares[0], squares[1]));
+            let scale = simd.splat(1.0 / (square / size as f32 + self.epsilon).sqrt());
+            for start in (0..size).step_by(LANES) {
+                let x = simd.mul(load_part(simd, from, start), scale);
+                let weighted = simd.mul(x, load_part(simd, self.weight, start));
+                store_part(simd, to, start, weighted);
+            }
+        }
+    }
+}
+
+/// `to += from`.
+struct Add<'a> {
+    to: &'a mut [f32],
+    from: &'a [f32],
+}
+
+impl Operation for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for start in (0..self.to.len()).step_by(LANES) {
+            let sum = simd.add(load_part(simd, self.to, start), load_part(simd, self.from, start));
+            store_part(simd, self.to, start, sum);
+        }
+    }
+}
+
+/// Turns heads by RoPE.
+struct Rotate<'a> {
+    heads: &'a mut [f32],
+    head_dim: usize,
+    cos: &'a [f32],
+    sin: &'a [f32],
+    halves: bool,
+}
+
+impl Operation for Rotate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let half = self.cos.len();
+        for head in self.heads.chunks_exact_mut(self.head_dim) {
+            let turned = &mut head[..2 * half];
+            if self.halves {
+                let (first, second) = turned.split_at_mut(half);
+                for start in (0..half).step_by(LANES) {
+                    let (a, b) = (load_part(simd, first, start), load_part(simd, second, start));
+                    let (c, s) = (load_part(simd, self.cos, start), load_part(simd, self.sin, start));
+                    let x = simd.sub(simd.mul(a, c), simd.mul(b, s));
+                    let y = simd.add(simd.mul(a, s), simd.mul(b, c));
+                    store_part(simd, first, start, x);
+                    store_part(simd, second, start, y);
+                }
+            } else {
+                for (pair, (c, s)) in turned.chunks_exact_mut(2).zip(self.cos.iter().zip(self.sin)) {
+                    let (a, b) = (pair[0], pair[1]);
+                    (pair[0], pair[1]) = (a * c - b * s, a * s + b * c);
+                }
+            }
+        }
+    }
+}
+
+/// The first of the largest numbers.
+struct Argmax<'a>(&'a [f32]);
+
+impl Operation for Argmax<'_> {
+    type Output = Option<usize>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Option<usize> {
+        let whole = self.0.len() / LANES * LANES;
+        let mut most = simd.splat(f32::NEG_INFINITY);
+        for start in (0..whole).step_by(LANES) {
+            most = simd.max(load_part(simd, self.0, start), most);
+        }
+        let rest = &self.0[whole..];
+        let most = rest.iter().copied().fold(simd.reduce_max(most), f32::max);
+        self.0.iter().position(|&x| x == most)
+    }
+}
+
+impl Compute {
+    /// Normalises each chunk of `weight.len()` numbers of `from` into `to`.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub(crate) fn rms_norm(&self, from: &[f32], to: &mut [f32], weight: &[f32], epsilon: f32) {
+        assert!(from.len() == to.len() && from.len() % weight.len() == 0);
+        let chunk = (GRAIN_NUMBERS / weight.len()).max(1) * weight.len();
+        self.pool.for_each_chunk(to, chunk, |index, to| {
+            let from = &from[index * chunk..][..to.len()];
+            self.dispatch.run(RmsNorm {
+                from,
+                to,
+                weight,
+                epsilon,
+            });
+        });
+    }
+
+    /// Normalises each chunk of `weight.len()` numbers where it is.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub(crate) fn rms_norm_in_place(&self, x: &mut [f32], weight: &[f32], epsilon: f32) {
+        // Short: heads, and Gemma's outputs. A copy is cheaper than a second kernel.
+        let from = x.to_vec();
+        self.rms_norm(&from, x, weight, epsilon);
+    }
+
+    /// `to += from`.
+    ///
+    /// # Panics
+    /// When lengths differ.
+    pub(crate) fn add(&self, to: &mut [f32], from: &[f32]) {
+        assert_eq!(to.len(), from.len());
+        self.pool.for_each_chunk(to, GRAIN_NUMBERS, |index, to| {
+            let from = &from[index * GRAIN_NUMBERS..][..to.len()];
+            self.dispatch.run(Add { to, from });
+        });
+    }
+
+    /// Turns the heads of each row by RoPE. `x` is `[rows, heads, head_dim]`; `cos` and `sin` are
+    /// `[rows, turned dimensions / 2]`.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub(crate) fn rotate(&self, x: &mut [f32], shape: HeadShape, cos: &[f32], sin: &[f32], halves: bool) {
+        let width = shape.heads * shape.head_dim;
+        assert!(x.len() % width == 0 && cos.len() == sin.len());
+        let rows = x.len() / width;
+        if rows == 0 {
+            return;
+        }
+        let half = cos.len() / rows;
+        assert!(cos.len() == rows * half && 2 * half <= shape.head_dim);
+        let chunk_rows = (GRAIN_NUMBERS / width).max(1);
+        self.pool.for_each_chunk(x, chunk_rows * width, |index, x| {
+            for (row, heads) in x.chunks_exact_mut(width).enumerate() {
+                let range = (index * chunk_rows + row) * half..(index * chunk_rows + row + 1) * half;
+                self.dispatch.run(Rotate {
+                    heads,
+                    head_dim: shape.head_dim,
+                    cos: &cos[range.clone()],
+                    sin: &sin[range],
+                    halves,
+                });
+            }
+        });
+    }
+}
+
+/// Heads of a row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HeadShape {
+    pub(crate) heads: usize,
+    pub(crate) head_dim: usize,
+}
+
+/// The first of the largest numbers; None when none is a number.
+pub(crate) fn argmax(x: &[f32]) -> Option<usize> {
+    Dispatch::best().run(Argmax(x))
+}
+
+/// Calls `work` with each row of `[rows, width]` numbers, on as many threads as it is worth.
+pub(crate) fn for_each_row(
+    pool: &Pool,
+    x: &mut [f32],
+    width: usize,
+    work: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let rows = (GRAIN_NUMBERS / width).max(1);
+    pool.for_each_chunk(x, rows * width, |index, x| {
+        for (row, x) in x.chunks_exact_mut(width).enumerate() {
+            work(index * rows + row, x);
+        }
+    });
+}

@@ -1,0 +1,377 @@
+//! Matrices of weights, repacked so that sixteen rows are multiplied at once.
+//!
+//! A tile holds 16 rows. Along the columns it goes in blocks of 32: first the numbers of all blocks, then
+//! the scales of all blocks, so both are read straight through. In a block of nibbles, byte `4 * row + j`
+//! of group `g` holds columns `8 g + j` (low) and `8 g + 4 + j` (high): a vector of 64 bytes meets four
+//! columns of the activations. Bits above the fourth follow as planes, one bit a number.
+
+use candle_core::quantized::GgmlDType;
+use half::{bf16, f16};
+use memmap2::MmapMut;
+
+use super::Compute;
+use super::pool::SharedMut;
+use super::rows::BLOCK;
+use super::simd::LANES;
+use super::unpack::{Unpacked, unpack};
+
+/// How a matrix lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// Q4_0.
+    Nibbles,
+    /// Q4_1 and Q4_K.
+    NibblesMinimum,
+    /// Q5_0.
+    Fives,
+    /// Q5_1 and Q5_K.
+    FivesMinimum,
+    /// Q8_0.
+    Bytes,
+    /// Q6_K.
+    SixesHalves,
+    /// Q3_K.
+    ThreesHalves,
+    /// Q2_K.
+    TwosHalvesMinimum,
+    F16,
+    Bf16,
+    F32,
+}
+
+/// What a product must know of a quantised format when it is compiled.
+pub(super) trait Layout {
+    /// Bits of a number in memory: 4, 5, 6 or 8.
+    const BITS: usize;
+    /// Scales of a block.
+    const HALVES: usize;
+    /// Whether a minimum is added.
+    const MINIMUM: bool;
+    /// Taken off every number.
+    const OFFSET: u8;
+    /// Planes of bits above the fourth.
+    const PLANES: usize = if Self::BITS == 8 { 0 } else { Self::BITS - 4 };
+    /// Bytes of a block's numbers.
+    const NUMBER_BYTES: usize = BLOCK * LANES * Self::BITS / 8;
+    /// Half-precision numbers of a block's scales and minimums: `[scales, minimums] x halves x rows`.
+    const SCALE_COUNT: usize = LANES * Self::HALVES * if Self::MINIMUM { 2 } else { 1 };
+}
+
+macro_rules! layout {
+    ($name:ident, $bits:literal, $halves:literal, $minimum:literal, $offset:literal) => {
+        pub(super) struct $name;
+        impl Layout for $name {
+            const BITS: usize = $bits;
+            const HALVES: usize = $halves;
+            const MINIMUM: bool = $minimum;
+            const OFFSET: u8 = $offset;
+        }
+    };
+}
+layout!(Nibbles, 4, 1, false, 8);
+layout!(NibblesMinimum, 4, 1, true, 0);
+layout!(Fives, 5, 1, false, 16);
+layout!(FivesMinimum, 5, 1, true, 0);
+layout!(Bytes, 8, 1, false, 128);
+layout!(SixesHalves, 6, 2, false, 32);
+layout!(ThreesHalves, 4, 2, false, 4);
+layout!(TwosHalvesMinimum, 4, 2, true, 0);
+
+/// Runs `$body` with `$layout` standing for the type of a quantised format; floats give `$otherwise`.
+macro_rules! with_layout {
+    ($format:expr, $layout:ident => $body:expr, _ => $otherwise:expr) => {{
+        use $crate::kernels::weights as w;
+        match $format {
+            w::Format::Nibbles => with_layout!(@ w::Nibbles, $layout, $body),
+            w::Format::NibblesMinimum => with_layout!(@ w::NibblesMinimum, $layout, $body),
+            w::Format::Fives => with_layout!(@ w::Fives, $layout, $body),
+            w::Format::FivesMinimum => with_layout!(@ w::FivesMinimum, $layout, $body),
+            w::Format::Bytes => with_layout!(@ w::Bytes, $layout, $body),
+            w::Format::SixesHalves => with_layout!(@ w::SixesHalves, $layout, $body),
+            w::Format::ThreesHalves => with_layout!(@ w::ThreesHalves, $layout, $body),
+            w::Format::TwosHalvesMinimum => with_layout!(@ w::TwosHalvesMinimum, $layout, $body),
+            w::Format::F16 | w::Format::Bf16 | w::Format::F32 => $otherwise,
+        }
+    }};
+    (@ $type:ty, $layout:ident, $body:expr) => {{
+        type $layout = $type;
+        $body
+    }};
+}
+pub(super) use with_layout;
+
+/// How exactly to compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum WeightPrecision {
+    /// As the file has it; activations are rounded to 8 bits before they meet quantised weights.
+    #[default]
+    Native,
+    /// Everything as 32-bit floats: eight times the memory, slow, for checking.
+    Float,
+}
+
+/// A matrix `[rows, columns]`, which rows of activations are multiplied with.
+pub(crate) struct Matrix {
+    rows: usize,
+    columns: usize,
+    format: Format,
+    tile_bytes: usize,
+    data: MmapMut,
+}
+
+impl std::fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Matrix")
+            .field("rows", &self.rows)
+            .field("columns", &self.columns)
+            .field("format", &self.format)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Format {
+    fn of(dtype: GgmlDType, precision: WeightPrecision) -> Self {
+        if precision == WeightPrecision::Float {
+            return Self::F32;
+        }
+        match dtype {
+            GgmlDType::Q4_0 => Self::Nibbles,
+            GgmlDType::Q4_1 | GgmlDType::Q4K => Self::NibblesMinimum,
+            GgmlDType::Q5_0 => Self::Fives,
+            GgmlDType::Q5_1 | GgmlDType::Q5K => Self::FivesMinimum,
+            GgmlDType::Q8_0 => Self::Bytes,
+            GgmlDType::Q6K => Self::SixesHalves,
+            GgmlDType::Q3K => Self::ThreesHalves,
+            GgmlDType::Q2K => Self::TwosHalvesMinimum,
+            GgmlDType::F16 => Self::F16,
+            GgmlDType::BF16 => Self::Bf16,
+            // Q8_1 and Q8_K are no formats of files: the reader refuses them.
+            GgmlDType::F32 | GgmlDType::Q8_1 | GgmlDType::Q8K => Self::F32,
+        }
+    }
+
+    fn tile_bytes(self, columns: usize) -> usize {
+        let blocks = columns.div_ceil(BLOCK);
+        let bytes = with_layout!(self, L => blocks * (L::NUMBER_BYTES + 2 * L::SCALE_COUNT), _ => {
+            let number = if self == Self::F32 { 4 } else { 2 };
+            columns * LANES * number
+        });
+        bytes.next_multiple_of(64)
+    }
+}
+
+/// What a format takes off its numbers.
+fn offset_of(dtype: GgmlDType) -> f32 {
+    match dtype {
+        GgmlDType::Q4_0 => 8.0,
+        GgmlDType::Q5_0 => 16.0,
+        GgmlDType::Q8_0 => 128.0,
+        GgmlDType::Q6K => 32.0,
+        GgmlDType::Q3K => 4.0,
+        _ => 0.0,
+    }
+}
+
+impl Matrix {
+    /// Repacks a tensor of a file.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    ///
+    /// # Panics
+    /// When `bytes` is not as long as the shape asks for; the reader of the file has checked that.
+    pub(crate) fn pack(
+        compute: &Compute,
+        dtype: GgmlDType,
+        bytes: &[u8],
+        shape: [usize; 2],
+        precision: WeightPrecision,
+    ) -> std::io::Result<Self> {
+        let [rows, columns] = shape;
+        assert!(columns % dtype.block_size() == 0);
+        let row_bytes = columns / dtype.block_size() * dtype.type_size();
+        assert_eq!(bytes.len(), rows * row_bytes);
+        let format = Format::of(dtype, precision);
+        let tile_bytes = format.tile_bytes(columns);
+        let tiles = rows.div_ceil(LANES);
+        let mut data = MmapMut::map_anon((tiles * tile_bytes).max(1))?;
+        // Fewer, larger pages: decoding reads all of them for every token. A kernel without them says no.
+        #[cfg(target_os = "linux")]
+        let _ = data.advise(memmap2::Advice::HugePage);
+        let to = SharedMut::new(&mut data);
+        compute.pool.run(tiles, 1, &|tile| {
+            // SAFETY: tiles are disjoint, each number is handed out once, and the mapping has room for all.
+            let tile_data = unsafe { to.slice(tile * tile_bytes..(tile + 1) * tile_bytes) };
+            let end = rows.min((tile + 1) * LANES);
+            for (lane, row) in (tile * LANES..end).enumerate() {
+                let row = &bytes[row * row_bytes..(row + 1) * row_bytes];
+                pack_row(format, dtype, row, columns, lane, tile_data);
+            }
+        });
+        Ok(Self {
+            rows,
+            columns,
+            format,
+            tile_bytes,
+            data,
+        })
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(super) fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Whether it is multiplied with quantised rows.
+    pub(crate) fn is_quantized(&self) -> bool {
+        !matches!(self.format, Format::F16 | Format::Bf16 | Format::F32)
+    }
+
+    pub(super) fn tiles(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
+    pub(super) fn tile(&self, index: usize) -> &[u8] {
+        &self.data[index * self.tile_bytes..(index + 1) * self.tile_bytes]
+    }
+
+    /// One row as floats, `[columns]`.
+    ///
+    /// # Panics
+    /// When there is no such row, or `out` has another length.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.columns);
+        let (tile, lane) = (self.tile(row / LANES), row % LANES);
+        with_layout!(self.format, L => read_row::<L>(tile, lane, out), _ => {
+            for (column, out) in out.iter_mut().enumerate() {
+                let index = column * LANES + lane;
+                *out = match self.format {
+                    Format::F16 => f16::from_bits(half_at(tile, index)).to_f32(),
+                    Format::Bf16 => bf16::from_bits(half_at(tile, index)).to_f32(),
+                    _ => f32::from_le_bytes(std::array::from_fn(|i| tile[4 * index + i])),
+                };
+            }
+        });
+    }
+}
+
+fn half_at(bytes: &[u8], index: usize) -> u16 {
+    u16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]])
+}
+
+fn pack_row(format: Format, dtype: GgmlDType, row: &[u8], columns: usize, lane: usize, tile: &mut [u8]) {
+    with_layout!(format, L => {
+        let mut block = 0;
+        for bytes in row.chunks_exact(dtype.type_size()) {
+            unpack(dtype, bytes, |unpacked| {
+                write_block::<L>(tile, columns / BLOCK, block, lane, &unpacked);
+                block += 1;
+            });
+        }
+    }, _ => match (format, dtype) {
+        (Format::F16 | Format::Bf16, _) => {
+            for (column, bytes) in row.chunks_exact(2).enumerate() {
+                tile[2 * (column * LANES + lane)..][..2].copy_from_slice(bytes);
+            }
+        }
+        (_, dtype) => {
+            let mut put = |column: usize, x: f32| {
+                tile[4 * (column * LANES + lane)..][..4].copy_from_slice(&x.to_le_bytes());
+            };
+            match dtype {
+                GgmlDType::F32 => row.chunks_exact(4).enumerate().for_each(|(i, bytes)| {
+                    put(i, f32::from_le_bytes(std::array::from_fn(|j| bytes[j])));
+                }),
+                GgmlDType::F16 => row.chunks_exact(2).enumerate().for_each(|(i, bytes)| {
+                    put(i, f16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+                }),
+                GgmlDType::BF16 => row.chunks_exact(2).enumerate().for_each(|(i, bytes)| {
+                    put(i, bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+                }),
+                quantized => {
+                    let (mut column, offset) = (0, offset_of(quantized));
+                    for bytes in row.chunks_exact(quantized.type_size()) {
+                        unpack(quantized, bytes, |block| {
+                            for (i, &q) in block.numbers.iter().enumerate() {
+                                let half = i / (BLOCK / 2);
+                                let x = block.scales[half] * (f32::from(q) - offset);
+                                put(column, x + block.minimums[half]);
+                                column += 1;
+                            }
+                        });
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Puts 32 weights of one row into their places.
+fn write_block<L: Layout>(tile: &mut [u8], blocks: usize, block: usize, lane: usize, from: &Unpacked) {
+    let (numbers, scales) = tile.split_at_mut(blocks * L::NUMBER_BYTES);
+    let numbers = &mut numbers[block * L::NUMBER_BYTES..][..L::NUMBER_BYTES];
+    if L::BITS == 8 {
+        for (quad, four) in from.numbers.chunks_exact(4).enumerate() {
+            numbers[quad * 64 + lane * 4..][..4].copy_from_slice(four);
+        }
+    } else {
+        for (group, eight) in from.numbers.chunks_exact(8).enumerate() {
+            for j in 0..4 {
+                numbers[group * 64 + lane * 4 + j] = eight[j] & 15 | (eight[j + 4] & 15) << 4;
+            }
+        }
+        for plane in 0..L::PLANES {
+            let bits = &mut numbers[256 + plane * 64..][..64];
+            for (quad, four) in from.numbers.chunks_exact(4).enumerate() {
+                for (j, number) in four.iter().enumerate() {
+                    let place = quad * 64 + lane * 4 + j;
+                    bits[place / 8] |= (number >> (4 + plane) & 1) << (place % 8);
+                }
+            }
+        }
+    }
+    let scales = &mut scales[block * 2 * L::SCALE_COUNT..][..2 * L::SCALE_COUNT];
+    let mut put = |index: usize, x: f32| {
+        scales[2 * (index * LANES + lane)..][..2].copy_from_slice(&f16::from_f32(x).to_le_bytes());
+    };
+    for half in 0..L::HALVES {
+        put(half, from.scales[half]);
+        if L::MINIMUM {
+            put(L::HALVES + half, from.minimums[half]);
+        }
+    }
+}
+
+fn read_row<L: Layout>(tile: &[u8], lane: usize, out: &mut [f32]) {
+    let (numbers, scales) = tile.split_at(out.len() / BLOCK * L::NUMBER_BYTES);
+    let blocks = numbers
+        .chunks_exact(L::NUMBER_BYTES)
+        .zip(scales.chunks_exact(2 * L::SCALE_COUNT));
+    for (out, (numbers, scales)) in out.chunks_exact_mut(BLOCK).zip(blocks) {
+        let scale = |index: usize| f16::from_bits(half_at(scales, index * LANES + lane)).to_f32();
+        for (column, out) in out.iter_mut().enumerate() {
+            let (quad, j) = (column / 4, column % 4);
+            let mut number = if L::BITS == 8 {
+                numbers[quad * 64 + lane * 4 + j]
+            } else {
+                numbers[quad / 2 * 64 + lane * 4 + j] >> (4 * (quad % 2)) & 15
+            };
+            for plane in 0..L::PLANES {
+                let place = quad * 64 + lane * 4 + j;
+                number |= (numbers[256 + plane * 64 + place / 8] >> (place % 8) & 1) << (4 + plane);
+            }
+            let half = column * L::HALVES / BLOCK;
+            *out = scale(half) * (f32::from(number) - f32::from(L::OFFSET));
+            if L::MINIMUM {
+                *out += scale(L::HALVES + half);
+            }
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! Backends for x86-64: AVX-512 with VNNI, AVX2 with AVX-VNNI, AVX2.
+//!
+//! A value of one of these types is made only by [`super::Level`], after the processor was asked; that is
+//! why the intrinsics in the methods may be called.
+// Every `unsafe` block without a comment of its own is an intrinsic that the type's value stands for.
+#![allow(clippy::undocumented_unsafe_blocks)]
+
+use std::arch::x86_64::*;
+
+use super::simd::Simd;
+
+/// AVX-512 F, BW, VL and VNNI.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(());
+
+/// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2<const VNNI: bool>(());
+
+impl Avx512 {
+    /// # Safety
+    /// The processor has AVX-512 F, BW, VL, DQ and VNNI.
+    pub(super) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+impl<const VNNI: bool> Avx2<VNNI> {
+    /// # Safety
+    /// The processor has AVX2, FMA and F16C, and AVX-VNNI if `VNNI`.
+    pub(super) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+impl Simd for Avx512 {
+    type F = __m512;
+    type I = __m512i;
+    type B = __m512i;
+    const ROWS: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, x: __m512) {
+        unsafe { _mm512_storeu_ps(to, x) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const u16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> __m512 {
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16, x: __m512) {
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)) }
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        unsafe { _mm512_abs_ps(a) }
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: __m512) -> f32 {
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+    #[inline(always)]
+    fn reduce_add(self, a: __m512) -> f32 {
+        unsafe {
+            let high = _mm512_castps_si512(a);
+            let high = _mm256_castsi256_ps(_mm512_extracti64x4_epi64::<1>(high));
+            reduce_add_256(_mm256_add_ps(_mm512_castps512_ps256(a), high))
+        }
+    }
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512i {
+        unsafe { _mm512_cvtps_epi32(a) }
+    }
+    #[inline(always)]
+    fn to_float(self, a: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    fn scale_by_power_of_two(self, a: __m512, n: __m512i) -> __m512 {
+        unsafe {
+            let power = _mm512_slli_epi32::<23>(_mm512_add_epi32(n, _mm512_set1_epi32(127)));
+            _mm512_mul_ps(a, _mm512_castsi512_ps(power))
+        }
+    }
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn reduce_add_i32(self, a: __m512i) -> i32 {
+        unsafe { _mm512_reduce_add_epi32(a) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, x: __m512i) {
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtsepi32_epi8(x)) }
+    }
+    #[inline(always)]
+    fn dot(self, sum: __m512i, weights: __m512i, x: __m512i) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sum, weights, x) }
+    }
+    #[inline(always)]
+    fn dot_wide(self, sum: __m512i, weights: __m512i, x: __m512i) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sum, weights, x) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, from: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, a: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn high_nibbles(self, a: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(a), _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn add_where(self, a: __m512i, mask: u64, value: u8) -> __m512i {
+        unsafe { _mm512_mask_add_epi8(a, mask, a, _mm512_set1_epi8(value.cast_signed())) }
+    }
+}
+
+/// # Safety
+/// The processor has AVX.
+#[inline(always)]
+unsafe fn reduce_add_256(a: __m256) -> f32 {
+    unsafe {
+        let sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+        let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+        _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps::<1>(sum, sum)))
+    }
+}
+
+macro_rules! halves {
+    (|$i:ident| $x:expr) => {
+        unsafe {
+            [
+                {
+                    let $i = 0;
+                    $x
+                },
+                {
+                    let $i = 1;
+                    $x
+                },
+            ]
+        }
+    };
+}
+
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
+    type F = [__m256; 2];
+    type I = [__m256i; 2];
+    type B = [__m256i; 2];
+    // Sixteen registers: two rows take four sums of floats and four of integers.
+    const ROWS: usize = 2;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        halves!(|_i| _mm256_set1_ps(x))
+    }
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> Self::F {
+        halves!(|i| _mm256_loadu_ps(from.add(8 * i)))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, x: Self::F) {
+        unsafe {
+            _mm256_storeu_ps(to, x[0]);
+            _mm256_storeu_ps(to.add(8), x[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const u16) -> Self::F {
+        halves!(|i| _mm256_cvtph_ps(_mm_loadu_si128(from.add(8 * i).cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> Self::F {
+        halves!(|i| {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8 * i).cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16, x: Self::F) {
+        unsafe {
+            for (i, x) in x.into_iter().enumerate() {
+                let bits = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
+                _mm_storeu_si128(to.add(8 * i).cast(), bits);
+            }
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(|i| _mm256_add_ps(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(|i| _mm256_sub_ps(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(|i| _mm256_mul_ps(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(|i| _mm256_div_ps(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        halves!(|i| _mm256_fmadd_ps(a[i], b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(|i| _mm256_max_ps(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        halves!(|i| _mm256_min_ps(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        halves!(|i| _mm256_andnot_ps(_mm256_set1_ps(-0.0), a[i]))
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: Self::F) -> f32 {
+        unsafe {
+            let a = _mm256_max_ps(a[0], a[1]);
+            let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_max_ss(a, _mm_shuffle_ps::<1>(a, a)))
+        }
+    }
+    #[inline(always)]
+    fn reduce_add(self, a: Self::F) -> f32 {
+        unsafe { reduce_add_256(_mm256_add_ps(a[0], a[1])) }
+    }
+    #[inline(always)]
+    fn round(self, a: Self::F) -> Self::I {
+        halves!(|i| _mm256_cvtps_epi32(a[i]))
+    }
+    #[inline(always)]
+    fn to_float(self, a: Self::I) -> Self::F {
+        halves!(|i| _mm256_cvtepi32_ps(a[i]))
+    }
+    #[inline(always)]
+    fn scale_by_power_of_two(self, a: Self::F, n: Self::I) -> Self::F {
+        halves!(|i| {
+            let power = _mm256_slli_epi32::<23>(_mm256_add_epi32(n[i], _mm256_set1_epi32(127)));
+            _mm256_mul_ps(a[i], _mm256_castsi256_ps(power))
+        })
+    }
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> Self::I {
+        halves!(|_i| _mm256_set1_epi32(x))
+    }
+    #[inline(always)]
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
+        halves!(|i| _mm256_add_epi32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn reduce_add_i32(self, a: Self::I) -> i32 {
+        unsafe {
+            let a = _mm256_add_epi32(a[0], a[1]);
+            let a = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let a = _mm_add_epi32(a, _mm_shuffle_epi32::<0b00_00_11_10>(a));
+            _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32::<1>(a)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, x: Self::I) {
+        unsafe {
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(x[0], x[1]));
+            let bytes = _mm_packs_epi16(
+                _mm256_castsi256_si128(words),
+                _mm256_extracti128_si256::<1>(words),
+            );
+            _mm_storeu_si128(to.cast(), bytes);
+        }
+    }
+    #[inline(always)]
+    fn dot(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
+        if VNNI {
+            return halves!(|i| _mm256_dpbusd_avx_epi32(sum[i], weights[i], x[i]));
+        }
+        // Pairs are added in 16 bits: 2 * 63 * 128 fits.
+        halves!(|i| {
+            let pairs = _mm256_maddubs_epi16(weights[i], x[i]);
+            _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        })
+    }
+    #[inline(always)]
+    fn dot_wide(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
+        if VNNI {
+            return self.dot(sum, weights, x);
+        }
+        // Pairs of whole bytes would not fit 16 bits, so nibbles are multiplied: w = 16 high + low.
+        let (low, high) = (self.low_nibbles(weights), self.high_nibbles(weights));
+        halves!(|i| {
+            let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low[i], x[i]), _mm256_set1_epi16(1));
+            let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high[i], x[i]), _mm256_set1_epi16(16));
+            _mm256_add_epi32(sum[i], _mm256_add_epi32(low, high))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, from: *const u8) -> Self::B {
+        halves!(|i| _mm256_loadu_si256(from.add(32 * i).cast()))
+    }
+    #[inline(always)]
+    fn low_nibbles(self, a: Self::B) -> Self::B {
+        halves!(|i| _mm256_and_si256(a[i], _mm256_set1_epi8(15)))
+    }
+    #[inline(always)]
+    fn high_nibbles(self, a: Self::B) -> Self::B {
+        halves!(|i| _mm256_and_si256(_mm256_srli_epi16::<4>(a[i]), _mm256_set1_epi8(15)))
+    }
+    #[inline(always)]
+    fn add_where(self, a: Self::B, mask: u64, value: u8) -> Self::B {
+        // Each byte gets the mask's byte that holds its bit, then only that bit.
+        halves!(|i| {
+            let bits = _mm256_set1_epi32((mask >> (32 * i)) as i32);
+            let spread = _mm256_set_epi64x(
+                0x0303_0303_0303_0303,
+                0x0202_0202_0202_0202,
+                0x0101_0101_0101_0101,
+                0,
+            );
+            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
+            let found = _mm256_and_si256(_mm256_shuffle_epi8(bits, spread), bit);
+            let value = _mm256_set1_epi8(value.cast_signed());
+            _mm256_add_epi8(a[i], _mm256_and_si256(_mm256_cmpeq_epi8(found, bit), value))
+        })
+    }
+}
