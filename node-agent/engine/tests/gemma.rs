@@ -3,8 +3,7 @@
 //! The oracle is the unquantised `gemma3`, fed with the file's own weights as floats: the quantised one
 //! computes SiLU where Gemma has GELU, and forgets the sliding window when it writes. The quantised
 //! kernels round activations to 8 bits, which moves a log probability by up to 1; so the engine too is
-//! told to compute with floats, and what is compared is the model alone. Candle reads that setting from
-//! the environment, hence a process of its own.
+//! told to compute with floats, and what is compared is the model alone.
 
 mod common;
 
@@ -104,34 +103,19 @@ fn distance(ours: &TokenLogprob, reference: &[f32]) -> f32 {
     apart.fold(0.0, f32::max)
 }
 
-fn engine() -> Engine {
+fn engine(exact: bool) -> Engine {
     let options = EngineOptions {
         context_length: Some(CONTEXT as u32),
-        kv_type: KvType::F32,
+        kv_type: if exact { KvType::F32 } else { KvType::F16 },
+        exact,
         ..EngineOptions::default()
     };
     Engine::load(&model(GEMMA3), &options, |_| ()).unwrap()
 }
 
-/// Has candle turn quantised weights to floats when they are loaded.
-const FLOATS: &str = "CANDLE_DEQUANTIZE_ALL";
-
 #[test]
-fn with_floats_the_engine_equals_the_oracle() {
-    let own = std::env::current_exe().unwrap();
-    let mut child = std::process::Command::new(own);
-    child.args(["--ignored", "--nocapture", "--test-threads=1"]);
-    let output = child.env(FLOATS, "1").output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    println!("{text}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success() && text.contains("2 passed"));
-}
-
-#[test]
-#[ignore = "run by with_floats_the_engine_equals_the_oracle, in a process of its own"]
 fn answers_equal_the_oracles_inside_and_beyond_the_sliding_window() {
-    assert!(std::env::var_os(FLOATS).is_some(), "set {FLOATS}=1");
-    let (engine, mut oracle) = (engine(), oracle());
+    let (engine, mut oracle) = (engine(true), oracle());
     let ask = |prompt: &[u32], count: u32| {
         let mut request = request(prompt.to_vec(), count);
         request.sampling.logprobs = Some(5);
@@ -174,10 +158,8 @@ fn answers_equal_the_oracles_inside_and_beyond_the_sliding_window() {
 }
 
 #[test]
-#[ignore = "run by with_floats_the_engine_equals_the_oracle, in a process of its own"]
 fn rows_of_a_batch_equal_the_rows_alone() {
-    assert!(std::env::var_os(FLOATS).is_some(), "set {FLOATS}=1");
-    let engine = engine();
+    let engine = engine(false);
     let prompts: Vec<_> = PROMPTS[..4].iter().map(|text| tokens(&engine, text)).collect();
     let alone: Vec<_> = prompts
         .iter()
@@ -196,7 +178,7 @@ fn rows_of_a_batch_equal_the_rows_alone() {
 
 #[test]
 fn quantised_it_still_writes_sense() {
-    let engine = engine();
+    let engine = engine(false);
     let answer = answer(&engine, request(tokens(&engine, "Paris is the capital of"), 4));
     assert!(answer.text.contains("France"), "{:?}", answer.text);
 }

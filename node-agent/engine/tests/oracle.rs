@@ -1,60 +1,43 @@
-//! The engine against candle-transformers, which computes the same models another way.
+//! The engine against candle-transformers, which computes the same model another way.
+//!
+//! Two questions, kept apart. Is the model right? Both compute with 32-bit floats, and must write the same
+//! tokens. What does rounding activations to 8 bits cost? The engine as people run it is held to the same
+//! oracle, and the bounds are those that the rounding explains. Candle reads from the environment that it
+//! is to turn weights into floats, so the oracle runs in a process of its own.
 
 mod common;
-
-use std::ops::ControlFlow;
-use std::sync::mpsc;
 
 use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama;
+use common::ask::{answer, ask, request, tokens};
 use common::{PROMPTS, SMOLLM2, model};
-use freehold_engine::{
-    Engine, EngineOptions, GenerateEvent, GenerateRequest, KvType, Prompt, SamplingParams, Special,
-};
+use freehold_engine::{Engine, EngineOptions, KvType, TokenLogprob};
 
-const TOKENS: usize = 16;
+/// Has candle turn quantised weights to floats when they are loaded.
+const FLOATS: &str = "CANDLE_DEQUANTIZE_ALL";
 
-fn options() -> EngineOptions {
-    // A 32-bit cache, as the oracle has: differences are then the arithmetic's alone.
-    EngineOptions {
-        context_length: Some(512),
-        kv_type: KvType::F32,
-        max_sequences: 8,
-        ..EngineOptions::default()
-    }
+/// Tokens of each answer; `FREEHOLD_TEST_TOKENS` for the long form (`just oracle`).
+fn answer_tokens() -> u32 {
+    std::env::var("FREEHOLD_TEST_TOKENS").map_or(16, |tokens| tokens.parse().unwrap())
 }
 
-/// The answer's text, and the tokens with their logprobs.
-fn answer(engine: &Engine, prompt: Vec<u32>, max_tokens: usize) -> Vec<(u32, f32)> {
-    let (sender, receiver) = mpsc::channel();
-    let request = GenerateRequest {
-        id: "test".into(),
-        prompt: Prompt::Tokens(prompt),
-        max_tokens: Some(max_tokens as u32),
-        max_context: None,
-        stop: Vec::new(),
-        sampling: SamplingParams {
-            logprobs: Some(1),
-            ..SamplingParams::default()
-        },
+fn engine(exact: bool) -> Engine {
+    let options = EngineOptions {
+        context_length: Some(512),
+        max_sequences: 8,
+        // A 32-bit cache, as the oracle has, where all else is too.
+        kv_type: if exact { KvType::F32 } else { KvType::F16 },
+        exact,
+        ..EngineOptions::default()
     };
-    let sink = Box::new(move |event| {
-        let _ = sender.send(event);
-        ControlFlow::Continue(())
-    });
-    let _handle = engine.generate(request, sink).unwrap();
-    let mut tokens = Vec::new();
-    for event in receiver {
-        match event {
-            GenerateEvent::Text { tokens: more, .. } => {
-                tokens.extend(more.iter().map(|t| (t.token, t.logprob)))
-            }
-            GenerateEvent::Finished(_) => break,
-            GenerateEvent::Started { .. } => {}
-        }
-    }
-    tokens
+    Engine::load(&model(SMOLLM2), &options, |_| ()).unwrap()
+}
+
+fn oracle() -> quantized_llama::ModelWeights {
+    let mut file = std::fs::File::open(model(SMOLLM2)).unwrap();
+    let content = gguf_file::Content::read(&mut file).unwrap();
+    quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap()
 }
 
 fn log_softmax(logits: &[f32]) -> Vec<f32> {
@@ -63,132 +46,125 @@ fn log_softmax(logits: &[f32]) -> Vec<f32> {
     logits.iter().map(|x| x - most - sum.ln()).collect()
 }
 
-/// What the oracle says after each token of `tokens`, one token at a time.
-fn oracle_steps(oracle: &mut quantized_llama::ModelWeights, tokens: &[u32]) -> Vec<Vec<f32>> {
-    let step = |(position, token): (usize, &u32)| {
-        let input = Tensor::new(&[*token][..], &Device::Cpu)
-            .unwrap()
-            .unsqueeze(0)
-            .unwrap();
-        let logits = oracle.forward(&input, position).unwrap().flatten_all().unwrap();
-        log_softmax(&logits.to_vec1::<f32>().unwrap())
-    };
-    tokens.iter().enumerate().map(step).collect()
+/// Log probabilities after `input`, which begins at `position`.
+fn step(oracle: &mut quantized_llama::ModelWeights, input: &[u32], position: usize) -> Vec<f32> {
+    let input = Tensor::new(input, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let logits = oracle.forward(&input, position).unwrap();
+    log_softmax(&logits.flatten_all().unwrap().to_vec1::<f32>().unwrap())
 }
 
-/// Both sides quantise activations to 8 bits before each product. A difference in the last bit of a float
-/// sum flips a rounding, and after thirty layers two sound computations differ as two samples of that
-/// noise do: candle's own step by step and all-at-once results differ by up to 0.17 in a log probability
-/// on two prompts. The bounds were set after exact equality failed, wide enough for what was seen; that a
-/// small mistake in the arithmetic would miss them has not been shown. Gemma's test compares in floats.
-#[test]
-fn llama_answers_equal_the_oracles_within_the_noise_of_its_own_kernels() {
-    let path = model(SMOLLM2);
-    let engine = Engine::load(&path, &options(), |_| ()).unwrap();
-    let mut file = std::fs::File::open(&path).unwrap();
-    let content = gguf_file::Content::read(&mut file).unwrap();
-    let mut oracle = quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap();
-    let (mut differences, mut equal, mut widest_gap) = (Vec::new(), 0, 0.0_f32);
-    for prompt in PROMPTS {
-        let prompt = engine.tokenizer().encode(
-            prompt,
-            Special {
-                add: true,
-                parse: false,
-            },
-        );
-        let ours = answer(&engine, prompt.clone(), TOKENS);
-        let all: Vec<u32> = prompt.iter().copied().chain(ours.iter().map(|t| t.0)).collect();
-        let reference = oracle_steps(&mut oracle, &all[..all.len() - 1]);
-        for (&(token, logprob), reference) in ours.iter().zip(&reference[prompt.len() - 1..]) {
+/// What was found over many answers.
+#[derive(Debug, Default)]
+struct Comparison {
+    answers: usize,
+    /// Answers that equal the oracle's to the last token.
+    equal_answers: usize,
+    tokens: usize,
+    /// The widest gap between the oracle's best and the token that the engine took in its place.
+    widest_gap: f32,
+    /// The widest of the gaps at which an answer first left the oracle's.
+    widest_first_gap: f32,
+    /// Mean and largest difference of the log probability of a token that was taken.
+    mean_difference: f32,
+    largest_difference: f32,
+}
+
+/// Lets the engine answer, then has the oracle read what it wrote.
+fn compare(engine: &Engine, oracle: &mut quantized_llama::ModelWeights) -> Comparison {
+    let mut found = Comparison::default();
+    let mut sum = 0.0;
+    for text in PROMPTS {
+        let mut input = tokens(engine, text);
+        let ours = answer(engine, request(input.clone(), answer_tokens()));
+        let (mut position, mut equal) = (0, true);
+        for TokenLogprob { token, logprob, .. } in &ours.tokens {
+            let reference = step(oracle, &input, position);
             let best = reference.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let gap = best - reference[token as usize];
-            equal += usize::from(gap == 0.0);
-            widest_gap = widest_gap.max(gap);
-            differences.push((reference[token as usize] - logprob).abs());
+            let gap = best - reference[*token as usize];
+            if gap > 0.0 && equal {
+                equal = false;
+                found.widest_first_gap = found.widest_first_gap.max(gap);
+            }
+            found.widest_gap = found.widest_gap.max(gap);
+            let difference = (reference[*token as usize] - logprob).abs();
+            sum += difference;
+            found.largest_difference = found.largest_difference.max(difference);
+            found.tokens += 1;
+            position += input.len();
+            input = vec![*token];
         }
+        found.answers += 1;
+        found.equal_answers += usize::from(equal);
     }
-    let mean = differences.iter().sum::<f32>() / differences.len() as f32;
-    let worst = differences.iter().copied().fold(0.0, f32::max);
-    let share = equal as f32 / differences.len() as f32;
-    println!(
-        "{} tokens: {:.1} % equal, log probabilities differ by {mean:.4} on average, {worst:.3} at most, widest gap {widest_gap:.3}",
-        differences.len(),
-        share * 100.0
-    );
-    assert!(share > 0.95, "only {share} of the tokens are the oracle's");
-    assert!(mean < 0.06, "log probabilities differ by {mean} on average");
-    assert!(
-        widest_gap < 1.0,
-        "a token lies {widest_gap} below the oracle's best"
-    );
+    found.mean_difference = sum / found.tokens as f32;
+    println!("{found:#?}");
+    found
+}
+
+#[test]
+fn the_engine_equals_the_oracle() {
+    let own = std::env::current_exe().unwrap();
+    let mut child = std::process::Command::new(own);
+    child.args(["--ignored", "--nocapture", "--test-threads=1"]);
+    let output = child.env(FLOATS, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && text.contains("3 passed"));
+}
+
+#[test]
+#[ignore = "run by the_engine_equals_the_oracle, in a process of its own"]
+fn with_floats_every_token_is_the_oracles() {
+    assert!(std::env::var_os(FLOATS).is_some(), "set {FLOATS}=1");
+    let found = compare(&engine(true), &mut oracle());
+    assert_eq!(found.equal_answers, found.answers);
+    assert!(found.largest_difference < 2e-3);
+}
+
+#[test]
+#[ignore = "run by the_engine_equals_the_oracle, in a process of its own"]
+fn as_people_run_it_tokens_differ_only_where_two_are_nearly_as_likely() {
+    assert!(std::env::var_os(FLOATS).is_some(), "set {FLOATS}=1");
+    let found = compare(&engine(false), &mut oracle());
+    assert!(found.widest_first_gap < 0.3);
+    assert!(found.mean_difference < 0.06);
+}
+
+#[test]
+#[ignore = "run by the_engine_equals_the_oracle, in a process of its own"]
+fn a_long_prompt_in_parts_equals_the_whole() {
+    assert!(std::env::var_os(FLOATS).is_some(), "set {FLOATS}=1");
+    let engine = engine(true);
+    // Two at once share the steps, so each is read in parts of 128 rows.
+    let prompt = tokens(&engine, &PROMPTS[..22].join(" "));
+    assert!(prompt.len() > 200, "{}", prompt.len());
+    let asked: Vec<_> = (0..2)
+        .map(|_| ask(&engine, request(prompt.clone(), 1)).unwrap())
+        .collect();
+    let reference = step(&mut oracle(), &prompt, 0);
+    for asked in asked {
+        let answer = asked.wait();
+        let token = &answer.tokens[0];
+        assert!((reference[token.token as usize] - token.logprob).abs() < 2e-3);
+    }
 }
 
 #[test]
 fn many_at_once_answer_as_each_alone() {
-    let engine = Engine::load(&model(SMOLLM2), &options(), |_| ()).unwrap();
-    let prompts: Vec<Vec<u32>> = PROMPTS[..8]
+    let engine = engine(false);
+    let ask_for = |text: &&str| request(tokens(&engine, text), 16);
+    let alone: Vec<_> = PROMPTS[..8]
         .iter()
-        .map(|p| {
-            engine.tokenizer().encode(
-                p,
-                Special {
-                    add: true,
-                    parse: false,
-                },
-            )
-        })
+        .map(|text| answer(&engine, ask_for(text)))
         .collect();
-    let alone: Vec<Vec<u32>> = prompts
+    let asked: Vec<_> = PROMPTS[..8]
         .iter()
-        .map(|p| answer(&engine, p.clone(), 16).into_iter().map(|t| t.0).collect())
+        .map(|text| ask(&engine, ask_for(text)).unwrap())
         .collect();
-    let together: Vec<Vec<u32>> = std::thread::scope(|scope| {
-        let threads: Vec<_> = prompts
-            .iter()
-            .map(|p| scope.spawn(|| answer(&engine, p.clone(), 16)))
-            .collect();
-        threads
-            .into_iter()
-            .map(|t| t.join().unwrap().into_iter().map(|t| t.0).collect())
-            .collect()
-    });
-    assert_eq!(alone, together);
-}
-
-#[test]
-fn a_long_prompt_in_parts_equals_the_whole() {
-    // Longer than one step's budget of prompt rows, so it is read in three parts.
-    let engine = Engine::load(&model(SMOLLM2), &options(), |_| ()).unwrap();
-    let text = PROMPTS.join(" ");
-    let prompt = engine.tokenizer().encode(
-        &text,
-        Special {
-            add: true,
-            parse: false,
-        },
-    );
-    assert!(prompt.len() > 200, "{}", prompt.len());
-    let mut file = std::fs::File::open(model(SMOLLM2)).unwrap();
-    let content = gguf_file::Content::read(&mut file).unwrap();
-    let mut oracle = quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap();
-    let tensor = Tensor::new(prompt.as_slice(), &Device::Cpu)
-        .unwrap()
-        .unsqueeze(0)
-        .unwrap();
-    let logits = oracle
-        .forward(&tensor, 0)
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .to_vec1::<f32>()
-        .unwrap();
-    let reference = log_softmax(&logits);
-    let (token, logprob) = answer(&engine, prompt, 1)[0];
-    // The noise of the kernels, see above.
-    assert!(
-        (reference[token as usize] - logprob).abs() < 0.3,
-        "{} {logprob}",
-        reference[token as usize]
-    );
+    for (asked, alone) in asked.iter().zip(&alone) {
+        let together = asked.wait();
+        // To the bit: the log probabilities too.
+        assert_eq!(together.tokens, alone.tokens);
+        assert_eq!(together.text, alone.text);
+    }
 }
