@@ -81,6 +81,7 @@ impl InvalidModel {
         }
     }
 
+    #[allow(clippy::needless_pass_by_value)] // callers hand over numbers, texts and errors alike
     pub(crate) fn unsupported(
         what: impl Into<String>,
         found: impl ToString,
@@ -93,6 +94,7 @@ impl InvalidModel {
         }
     }
 
+    #[allow(clippy::needless_pass_by_value)] // as above
     pub(crate) fn inconsistent(
         what: impl Into<String>,
         found: impl ToString,

@@ -171,7 +171,11 @@ pub(crate) fn gguf_facts(file: &GgufFile) -> Result<ModelFacts, InvalidModel> {
         name: text("general.name")?,
         licence: text("general.license")?,
         quantization: quantization(file)?,
-        parameter_count: file.tensors().values().map(|tensor| tensor.elements()).sum(),
+        parameter_count: file
+            .tensors()
+            .values()
+            .map(super::gguf::TensorInfo::elements)
+            .sum(),
         file_bytes: file.file_bytes(),
         weight_bytes: file.tensors().values().map(|tensor| tensor.bytes as u64).sum(),
         context_length: number(config.context_length),

@@ -160,6 +160,7 @@ fn describe(error: &minijinja::Error) -> String {
 }
 
 /// JSON as transformers writes it for templates: Python's separators, and nothing escaped for HTML.
+#[allow(clippy::needless_pass_by_value)] // minijinja hands its arguments over
 fn to_json(value: Value, indent: Option<usize>, options: Kwargs) -> Result<Value, minijinja::Error> {
     let failed =
         |error: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string());

@@ -1,4 +1,5 @@
 //! The encoder against candle-transformers' BERT, its tokenizer against the `tokenizers` crate.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

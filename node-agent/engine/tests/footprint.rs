@@ -1,4 +1,5 @@
 //! What an engine takes of the machine. Alone in its process, so that the figures are its own.
+#![allow(clippy::unwrap_used)] // a test may panic
 #![cfg(target_os = "linux")]
 
 mod common;

@@ -4,6 +4,7 @@
 //! computes SiLU where Gemma has GELU, and forgets the sliding window when it writes. The quantised
 //! kernels round activations to 8 bits, which moves a log probability by up to 1; so the engine too is
 //! told to compute with floats, and what is compared is the model alone.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

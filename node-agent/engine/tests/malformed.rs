@@ -1,5 +1,6 @@
 //! A corpus of files that are no models, or nearly: each is refused within a second, in words that say
 //! what is wrong; none brings the process down, takes its memory, or loads as something that it is not.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

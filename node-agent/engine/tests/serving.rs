@@ -1,4 +1,5 @@
 //! Many requests on one engine: batches, queue, cancelling, stop strings, limits.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! Tokenizers against those that the models were trained with: Hugging Face's `tokenizers`, built from the
 //! GGUF's own vocabulary, and recorded answers of Google's sentencepiece (see `fixtures/`).
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

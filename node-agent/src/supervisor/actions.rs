@@ -180,6 +180,9 @@ impl Supervisor {
             }
             .into(),
         );
+        if let Some(threads) = engine.threads {
+            option("--threads", threads.to_string().into());
+        }
         let launch = Launch {
             assignment: name.to_owned(),
             epoch,

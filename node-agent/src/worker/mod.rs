@@ -53,6 +53,9 @@ pub struct WorkerArgs {
     /// Number format of the KV cache
     #[arg(long, value_enum, default_value_t = KvArg::F16)]
     pub kv: KvArg,
+    /// Threads that compute [default: as many as this process may keep busy]
+    #[arg(long)]
+    pub threads: Option<u32>,
 }
 
 /// A device on the command line.
@@ -119,6 +122,7 @@ fn load(args: &WorkerArgs) -> Result<(Engine, WorkerReady), LoadModel> {
         context_length: Some(args.context),
         max_sequences: args.concurrency,
         max_queued: args.queue,
+        threads: args.threads,
         kv_type: match args.kv {
             KvArg::F16 => KvType::F16,
             KvArg::F32 => KvType::F32,
@@ -203,7 +207,8 @@ fn lower_privileges() {
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
 }
 
-/// Environment that a worker needs beyond its arguments: how many threads compute.
+/// Environment that a worker needs beyond its arguments: candle's own threads, which the encoder computes
+/// on, take their number from there.
 pub(crate) fn environment(threads: Option<u32>) -> Option<(OsString, OsString)> {
     threads.map(|threads| ("RAYON_NUM_THREADS".into(), threads.to_string().into()))
 }

@@ -167,7 +167,7 @@ fn read(bytes: &[u8]) -> Result<Contents, InvalidModel> {
     if magic != b"GGUF" {
         return Err(reader.malformed(
             "the magic",
-            format!("{:02x?}", magic),
+            format!("{magic:02x?}"),
             "a GGUF file begins with the letters GGUF",
         ));
     }
@@ -266,7 +266,7 @@ fn tensor_entry(reader: &mut Reader<'_>) -> Result<Entry, InvalidModel> {
         )
     })?;
     let block = dtype.block_size() as u64;
-    if first % block != 0 {
+    if !first.is_multiple_of(block) {
         return Err(reader.malformed(
             format!("the row length of tensor {name}"),
             first,

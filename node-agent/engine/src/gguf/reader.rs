@@ -43,6 +43,7 @@ impl<'a> Reader<'a> {
         self.malformed_at(self.at, what, found, allowed)
     }
 
+    #[allow(clippy::needless_pass_by_value)] // callers hand over numbers, texts and errors alike
     pub(super) fn malformed_at(
         &self,
         at: usize,

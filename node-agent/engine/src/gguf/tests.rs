@@ -87,7 +87,7 @@ fn sound() -> Writer {
 /// The error of a broken file, which must come at once.
 fn error(bytes: &[u8]) -> String {
     let started = Instant::now();
-    let error = read(bytes).err().expect("the file is broken").to_string();
+    let error = read(bytes).expect_err("the file is broken").to_string();
     assert!(
         started.elapsed() < Duration::from_secs(1),
         "took {:?}",

@@ -375,7 +375,7 @@ impl Stretch<'_> {
 
 #[inline(always)]
 fn widen<S: Simd>(simd: S, from: &[f16], to: &mut [f32]) {
-    assert!(from.len() == to.len() && from.len() % LANES == 0);
+    assert!(from.len() == to.len() && from.len().is_multiple_of(LANES));
     for start in (0..from.len()).step_by(LANES) {
         // SAFETY: both have 16 numbers from `start` on; `f16` is a `u16` in memory.
         unsafe {

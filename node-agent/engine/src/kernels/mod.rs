@@ -16,6 +16,9 @@
 //! Every row is computed alike, whatever else is in its batch: the same operations in the same order. A
 //! row in a batch equals the row alone, bit for bit.
 #![allow(unsafe_code)]
+// Loops over lanes, rows and vectors of registers are unrolled by their constant bounds; several arrays are
+// walked by one index.
+#![allow(clippy::needless_range_loop)]
 
 pub(crate) mod attention;
 pub(crate) mod pool;

@@ -116,7 +116,7 @@ fn grain(units: usize) -> usize {
 impl Rows<'_> {
     /// Checks that they fit a matrix. Gives the number of rows.
     fn check(&self, matrix: &Matrix) -> usize {
-        assert!(matrix.columns() > 0 && self.floats.len() % matrix.columns() == 0);
+        assert!(matrix.columns() > 0 && self.floats.len().is_multiple_of(matrix.columns()));
         let count = self.floats.len() / matrix.columns();
         if matrix.is_quantized() {
             assert_eq!(self.quantized.columns(), matrix.columns());
@@ -367,7 +367,7 @@ unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *const u8, quad:
             return simd.load_bytes(numbers.add(quad * 64));
         }
         let pair = simd.load_bytes(numbers.add(quad / 2 * 64));
-        let mut bytes = if quad % 2 == 0 {
+        let mut bytes = if quad.is_multiple_of(2) {
             simd.low_nibbles(pair)
         } else {
             simd.high_nibbles(pair)

@@ -84,7 +84,7 @@ impl QuantizedRows {
     /// # Panics
     /// When the columns are no multiple of 32, or do not divide the numbers.
     pub(crate) fn set(&mut self, compute: &Compute, x: &[f32], columns: usize) {
-        assert!(columns > 0 && columns % BLOCK == 0 && x.len() % columns == 0);
+        assert!(columns > 0 && columns.is_multiple_of(BLOCK) && x.len().is_multiple_of(columns));
         let rows = x.len() / columns;
         self.columns = columns;
         self.groups.clear();

@@ -30,8 +30,6 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_f16(self, from: *const u16) -> Self::F;
     /// Reads 16 brain floats: the upper halves of `f32`.
     unsafe fn load_bf16(self, from: *const u16) -> Self::F;
-    /// Writes 16 half-precision floats, rounded to nearest.
-    unsafe fn store_f16(self, to: *mut u16, x: Self::F);
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
@@ -129,12 +127,6 @@ impl Simd for Portable {
         // SAFETY: the caller's promise.
         let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
         lanes!(|i| f32::from_bits(u32::from(bits[i]) << 16))
-    }
-    #[inline(always)]
-    unsafe fn store_f16(self, to: *mut u16, x: Self::F) {
-        let bits: [u16; LANES] = lanes!(|i| half::f16::from_f32(x[i]).to_bits());
-        // SAFETY: the caller's promise.
-        unsafe { to.cast::<[u16; LANES]>().write_unaligned(bits) }
     }
     #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {

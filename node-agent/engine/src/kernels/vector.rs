@@ -167,7 +167,7 @@ impl Compute {
     /// # Panics
     /// When lengths do not fit.
     pub(crate) fn rms_norm(&self, from: &[f32], to: &mut [f32], weight: &[f32], epsilon: f32) {
-        assert!(from.len() == to.len() && from.len() % weight.len() == 0);
+        assert!(from.len() == to.len() && from.len().is_multiple_of(weight.len()));
         let chunk = (GRAIN_NUMBERS / weight.len()).max(1) * weight.len();
         self.pool.for_each_chunk(to, chunk, |index, to| {
             let from = &from[index * chunk..][..to.len()];
@@ -209,7 +209,7 @@ impl Compute {
     /// When lengths do not fit.
     pub(crate) fn rotate(&self, x: &mut [f32], shape: HeadShape, cos: &[f32], sin: &[f32], halves: bool) {
         let width = shape.heads * shape.head_dim;
-        assert!(x.len() % width == 0 && cos.len() == sin.len());
+        assert!(x.len().is_multiple_of(width) && cos.len() == sin.len());
         let rows = x.len() / width;
         if rows == 0 {
             return;

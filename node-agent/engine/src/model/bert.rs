@@ -95,7 +95,7 @@ impl EncoderConfig {
                 ));
             }
         }
-        if config.hidden_size % config.num_attention_heads != 0 {
+        if !config.hidden_size.is_multiple_of(config.num_attention_heads) {
             return Err(InvalidModel::inconsistent(
                 "hidden_size in config.json",
                 config.hidden_size,

@@ -227,7 +227,7 @@ impl DecoderConfig {
 
     /// Whether a layer sees only the sliding window.
     pub(crate) fn is_local(&self, layer: usize) -> bool {
-        self.sliding_window.is_some() && (layer + 1) % self.global_every != 0
+        self.sliding_window.is_some() && !(layer + 1).is_multiple_of(self.global_every)
     }
 
     /// The tensors of the model with their shapes, `[rows, columns]` for matrices.

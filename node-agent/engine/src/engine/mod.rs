@@ -1,285 +1,38 @@
 //! The engine as its callers see it: load a model, ask it, watch it.
 
+mod counters;
+mod types;
+
 use std::fmt;
-use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use serde_json::Value;
+use tracing::info;
 
 use crate::gguf::GgufFile;
-use crate::inspect::{KvType, ModelFacts, ModelKind, gguf_facts};
+use crate::inspect::{ModelFacts, ModelKind, gguf_facts};
 use crate::kernels::{Compute, WeightPrecision, available_threads};
 use crate::kv::{BlockTable, KvCache, blocks_for};
 use crate::model::{Decoder, DecoderConfig, Encoder, EncoderConfig, Row};
 use crate::scheduler::{Job, Scheduler};
 use crate::template::ChatTemplate;
 use crate::tokenizer::{Special, Tokenizer};
-use crate::{InvalidModel, LoadModel, Reject, SamplingParams};
-
-/// The device that is asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// The best that this build can use.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// An NVIDIA GPU.
-    Cuda,
-    /// An Apple GPU.
-    Metal,
-}
-
-/// How a model is run.
-#[derive(Clone, Debug)]
-pub struct EngineOptions {
-    /// Device to use.
-    pub device: DeviceChoice,
-    /// Longest context in tokens; None: the model's own, at most 8192.
-    pub context_length: Option<u32>,
-    /// Answers under way at once.
-    pub max_sequences: u32,
-    /// Requests that wait beyond those.
-    pub max_queued: u32,
-    /// Number format of the KV cache.
-    pub kv_type: KvType,
-    /// Threads that compute; None: as many as the process may keep busy (affinity and cgroup quota counted).
-    pub threads: Option<u32>,
-    /// Computes with 32-bit floats throughout, whatever the file holds: slow and large, for checking.
-    pub exact: bool,
-}
-
-impl Default for EngineOptions {
-    fn default() -> Self {
-        Self {
-            device: DeviceChoice::Auto,
-            context_length: None,
-            max_sequences: 4,
-            max_queued: 32,
-            kv_type: KvType::F16,
-            threads: None,
-            exact: false,
-        }
-    }
-}
-
-/// Longest context when none is asked for.
-const DEFAULT_CONTEXT: u32 = 8192;
-
-/// How far a load is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LoadProgress {
-    /// Layers that are in memory.
-    pub layers_done: usize,
-    /// Layers in all.
-    pub layers_total: usize,
-}
-
-/// What to answer.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Prompt {
-    /// Text as it is.
-    Text(String),
-    /// Tokens as they are.
-    Tokens(Vec<u32>),
-    /// A conversation for the chat template, in the OpenAI API's shape.
-    Chat {
-        /// The messages.
-        messages: Value,
-        /// Tools, if there are any.
-        tools: Option<Value>,
-    },
-}
-
-/// A request for an answer.
-#[derive(Clone, Debug)]
-pub struct GenerateRequest {
-    /// Name in logs.
-    pub id: String,
-    /// What to answer.
-    pub prompt: Prompt,
-    /// Longest answer; None: what the context leaves.
-    pub max_tokens: Option<u32>,
-    /// Longest prompt and answer together, where that is less than the engine's own.
-    pub max_context: Option<u32>,
-    /// Texts that end the answer.
-    pub stop: Vec<String>,
-    /// How tokens are chosen.
-    pub sampling: SamplingParams,
-}
-
-/// One token with its probability.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenLogprob {
-    /// The token.
-    pub token: u32,
-    /// Its text; bytes that are no UTF-8 are replaced.
-    pub text: String,
-    /// Its bytes.
-    pub bytes: Vec<u8>,
-    /// Natural logarithm of its probability.
-    pub logprob: f32,
-    /// The most likely tokens in its place.
-    pub top: Vec<TokenLogprob>,
-}
-
-/// Why an answer ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum FinishReason {
-    /// The model ended it, or a stop string was found.
-    Stop,
-    /// It reached its longest length.
-    Length,
-    /// Its caller left.
-    Cancelled,
-    /// The arithmetic failed.
-    Error(String),
-}
-
-/// How an answer ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finished {
-    /// Why.
-    pub reason: FinishReason,
-    /// Tokens of the prompt.
-    pub prompt_tokens: usize,
-    /// Tokens of the answer, the one that ended it included.
-    pub completion_tokens: usize,
-    /// Milliseconds from the request to the first token.
-    pub time_to_first_token_ms: Option<u64>,
-    /// Milliseconds from the request to the end.
-    pub duration_ms: u64,
-}
-
-/// What happens to a request.
-#[derive(Clone, Debug, PartialEq)]
-pub enum GenerateEvent {
-    /// It left the queue.
-    Started {
-        /// Tokens of the prompt.
-        prompt_tokens: usize,
-    },
-    /// A piece of the answer.
-    Text {
-        /// Whole characters.
-        text: String,
-        /// Its tokens, if logprobs were asked for.
-        tokens: Vec<TokenLogprob>,
-    },
-    /// The end; nothing comes after it.
-    Finished(Finished),
-}
-
-/// Where events go. It is called on the engine's thread and must not block; `Break` cancels the request.
-pub type Sink = Box<dyn FnMut(GenerateEvent) -> ControlFlow<()> + Send>;
-
-/// Holds a request. Dropping it cancels the request and frees its place at the next step.
-#[derive(Debug)]
-pub struct GenerationHandle {
-    cancelled: Arc<AtomicBool>,
-    /// Tokens of the prompt.
-    pub prompt_tokens: usize,
-}
-
-impl Drop for GenerationHandle {
-    fn drop(&mut self) {
-        self.cancelled.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Vectors for texts.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Embeddings {
-    /// One vector of length 1 a text.
-    pub vectors: Vec<Vec<f32>>,
-    /// Tokens of all texts.
-    pub prompt_tokens: usize,
-}
-
-/// How the engine is doing. Cheap to read: this is the heartbeat.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Progress {
-    /// Forward passes so far; stands still only when there is no work, or when something is wrong.
-    pub steps: u64,
-    /// Tokens written so far.
-    pub tokens_generated: u64,
-    /// Prompt tokens read so far.
-    pub prompt_tokens: u64,
-    /// Answers under way.
-    pub active: usize,
-    /// Requests that wait.
-    pub queued: usize,
-    /// Blocks of KV cache in use.
-    pub kv_blocks_used: usize,
-    /// Tokens a second of one sequence, over the latest steps.
-    pub tokens_per_second: f64,
-}
-
-/// Numbers that the scheduler's thread writes and everybody reads.
-#[derive(Default)]
-pub(crate) struct Counters {
-    steps: AtomicU64,
-    tokens_generated: AtomicU64,
-    prompt_tokens: AtomicU64,
-    active: AtomicUsize,
-    waiting: AtomicUsize,
-    blocks: AtomicUsize,
-    /// Requests that were accepted and have not ended, queued ones included.
-    present: AtomicUsize,
-    pace: Mutex<Pace>,
-}
-
-#[derive(Default)]
-struct Pace {
-    last: Option<Instant>,
-    tokens_per_second: f64,
-}
-
-impl Counters {
-    pub(crate) fn set_load(&self, active: usize, waiting: usize, blocks: usize) {
-        self.active.store(active, Ordering::Relaxed);
-        self.waiting.store(waiting, Ordering::Relaxed);
-        self.blocks.store(blocks, Ordering::Relaxed);
-    }
-
-    /// Nothing to do: the time until the next request is no step.
-    pub(crate) fn rest(&self) {
-        self.set_load(0, 0, 0);
-        self.pace.lock().unwrap_or_else(PoisonError::into_inner).last = None;
-    }
-
-    pub(crate) fn leave(&self) {
-        self.present.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn step(&self, prompt: usize, generated: usize) {
-        self.steps.fetch_add(1, Ordering::Relaxed);
-        self.prompt_tokens.fetch_add(prompt as u64, Ordering::Relaxed);
-        self.tokens_generated
-            .fetch_add(generated as u64, Ordering::Relaxed);
-        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        // Only steps that held no prompt tell the pace of decoding.
-        if let (Some(last), true) = (pace.last, prompt == 0 && generated > 0) {
-            let rate = 1.0 / now.duration_since(last).as_secs_f64().max(1e-6);
-            pace.tokens_per_second = if pace.tokens_per_second == 0.0 {
-                rate
-            } else {
-                0.9 * pace.tokens_per_second + 0.1 * rate
-            };
-        }
-        pace.last = Some(now);
-    }
-}
+use crate::{InvalidModel, LoadModel, Reject};
+pub(crate) use counters::Counters;
+use types::DEFAULT_CONTEXT;
+pub use types::{
+    DeviceChoice, Embeddings, EngineOptions, FinishReason, Finished, GenerateEvent, GenerateRequest,
+    GenerationHandle, LoadProgress, Progress, Prompt, Sink, TokenLogprob,
+};
 
 enum Task {
     Generate {
         jobs: Sender<Job>,
-        template: Option<ChatTemplate>,
+        template: Option<Box<ChatTemplate>>,
         context_length: usize,
         most_present: usize,
     },
@@ -357,6 +110,7 @@ impl Engine {
             .threads
             .map_or_else(available_threads, |n| n.max(1) as usize);
         let compute = Compute::new(threads).map_err(LoadModel::StartThread)?;
+        info!(threads, kernels = compute.dispatch.name(), "Computes on the CPU");
         let precision = if options.exact {
             WeightPrecision::Float
         } else {
@@ -366,7 +120,7 @@ impl Engine {
             progress(LoadProgress {
                 layers_done,
                 layers_total,
-            })
+            });
         })?;
         // Everything is copied out: the file's pages leave this process's memory.
         drop(file);
@@ -391,7 +145,7 @@ impl Engine {
             .map_err(LoadModel::StartThread)?;
         let task = Task::Generate {
             jobs,
-            template,
+            template: template.map(Box::new),
             context_length,
             most_present: sequences + options.max_queued as usize,
         };
@@ -566,12 +320,7 @@ impl Engine {
         }
         let max_tokens = request.max_tokens.map_or(room, |most| (most as usize).min(room));
         let counters = &self.inner.counters;
-        let accepted = counters
-            .present
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |present| {
-                (present < *most_present).then_some(present + 1)
-            });
-        if let Err(present) = accepted {
+        if let Err(present) = counters.enter(*most_present) {
             return Err(Reject::QueueFull {
                 queued: present,
                 retry_after_ms: 1000,
@@ -593,10 +342,7 @@ impl Engine {
             counters.leave();
             return Err(Reject::Stopping);
         }
-        Ok(GenerationHandle {
-            cancelled,
-            prompt_tokens,
-        })
+        Ok(GenerationHandle::new(cancelled, prompt_tokens))
     }
 
     /// Turns texts into vectors, on the caller's thread.
@@ -647,21 +393,7 @@ impl Engine {
     /// How it is doing.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        let counters = &self.inner.counters;
-        let active = counters.active.load(Ordering::Relaxed);
-        Progress {
-            steps: counters.steps.load(Ordering::Relaxed),
-            tokens_generated: counters.tokens_generated.load(Ordering::Relaxed),
-            prompt_tokens: counters.prompt_tokens.load(Ordering::Relaxed),
-            active,
-            queued: counters.waiting.load(Ordering::Relaxed),
-            kv_blocks_used: counters.blocks.load(Ordering::Relaxed),
-            tokens_per_second: counters
-                .pace
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .tokens_per_second,
-        }
+        self.inner.counters.progress()
     }
 
     /// What the model does.

@@ -1,0 +1,89 @@
+//! Numbers about an engine at work.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use super::types::Progress;
+
+/// Numbers that the scheduler's thread writes and everybody reads.
+#[derive(Default)]
+pub(crate) struct Counters {
+    steps: AtomicU64,
+    tokens_generated: AtomicU64,
+    prompt_tokens: AtomicU64,
+    active: AtomicUsize,
+    waiting: AtomicUsize,
+    blocks: AtomicUsize,
+    /// Requests that were accepted and have not ended, queued ones included.
+    present: AtomicUsize,
+    pace: Mutex<Pace>,
+}
+
+#[derive(Default)]
+struct Pace {
+    last: Option<Instant>,
+    tokens_per_second: f64,
+}
+
+impl Counters {
+    pub(crate) fn set_load(&self, active: usize, waiting: usize, blocks: usize) {
+        self.active.store(active, Ordering::Relaxed);
+        self.waiting.store(waiting, Ordering::Relaxed);
+        self.blocks.store(blocks, Ordering::Relaxed);
+    }
+
+    /// Nothing to do: the time until the next request is no step.
+    pub(crate) fn rest(&self) {
+        self.set_load(0, 0, 0);
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner).last = None;
+    }
+
+    /// Counts a request in, if there are fewer than `most`; otherwise says how many there are.
+    pub(super) fn enter(&self, most: usize) -> Result<(), usize> {
+        self.present
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |present| {
+                (present < most).then_some(present + 1)
+            })
+            .map(|_| ())
+    }
+
+    pub(crate) fn leave(&self) {
+        self.present.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn step(&self, prompt: usize, generated: usize) {
+        self.steps.fetch_add(1, Ordering::Relaxed);
+        self.prompt_tokens.fetch_add(prompt as u64, Ordering::Relaxed);
+        self.tokens_generated
+            .fetch_add(generated as u64, Ordering::Relaxed);
+        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        // Only steps that held no prompt tell the pace of decoding.
+        if let (Some(last), true) = (pace.last, prompt == 0 && generated > 0) {
+            let rate = 1.0 / now.duration_since(last).as_secs_f64().max(1e-6);
+            pace.tokens_per_second = if pace.tokens_per_second == 0.0 {
+                rate
+            } else {
+                0.9 * pace.tokens_per_second + 0.1 * rate
+            };
+        }
+        pace.last = Some(now);
+    }
+
+    pub(super) fn progress(&self) -> Progress {
+        Progress {
+            steps: self.steps.load(Ordering::Relaxed),
+            tokens_generated: self.tokens_generated.load(Ordering::Relaxed),
+            prompt_tokens: self.prompt_tokens.load(Ordering::Relaxed),
+            active: self.active.load(Ordering::Relaxed),
+            queued: self.waiting.load(Ordering::Relaxed),
+            kv_blocks_used: self.blocks.load(Ordering::Relaxed),
+            tokens_per_second: self
+                .pace
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .tokens_per_second,
+        }
+    }
+}
