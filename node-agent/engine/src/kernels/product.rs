@@ -1,5 +1,7 @@
 //! Tiles of weights times rows of activations.
 
+use std::mem::MaybeUninit;
+
 use super::pool::SharedMut;
 use super::rows::{BLOCK, Group, GroupView, QuantizedRows, SUMS, groups};
 use super::simd::{LANES, Simd};
@@ -138,26 +140,39 @@ struct Piece<'a> {
     combine: Combine,
 }
 
-/// Products of a piece, `[rows, 16]`.
+/// Products of a piece, `[rows, 16]`. Not zeroed: for a single row that would cost more than its product.
 #[repr(align(64))]
-struct Products([f32; PIECE_ROWS * LANES]);
+struct Products([MaybeUninit<f32>; PIECE_ROWS * LANES]);
+
+impl Products {
+    #[inline(always)]
+    fn new() -> Self {
+        Self([MaybeUninit::uninit(); PIECE_ROWS * LANES])
+    }
+
+    /// The 16 places of a row.
+    #[inline(always)]
+    fn row(&mut self, row: usize) -> *mut f32 {
+        self.0[row * LANES..(row + 1) * LANES].as_mut_ptr().cast()
+    }
+}
 
 impl Operation for Piece<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let mut products = Products([0.0; PIECE_ROWS * LANES]);
+        let mut products = Products::new();
         multiply(simd, self.matrix, self.tile, self.rows, self.piece, &mut products);
         let rows: usize = self.piece.iter().map(|group| group.rows).sum();
         if let Some((gate, kind)) = self.gate {
-            let mut gates = Products([0.0; PIECE_ROWS * LANES]);
+            let mut gates = Products::new();
             multiply(simd, gate, self.tile, self.rows, self.piece, &mut gates);
             for row in 0..rows {
-                // SAFETY: both hold 16 numbers for each of `PIECE_ROWS` rows, and `rows` are no more.
+                // SAFETY: `multiply` has written the 16 numbers of each of these rows, in both.
                 unsafe {
-                    let place = products.0.as_mut_ptr().add(row * LANES);
-                    let x = simd.load(gates.0.as_ptr().add(row * LANES));
+                    let place = products.row(row);
+                    let x = simd.load(gates.row(row));
                     let opened = match kind {
                         Gate::Silu => silu(simd, x),
                         Gate::Gelu => gelu(simd, x),
@@ -169,25 +184,22 @@ impl Operation for Piece<'_> {
         let (width, column) = (self.matrix.rows(), self.tile * LANES);
         let columns = LANES.min(width - column);
         let first_row = self.piece.first().map_or(0, |group| group.first_row);
-        for (row, products) in products.0.chunks_exact(LANES).take(rows).enumerate() {
-            // SAFETY: `out` is `[rows, width]`, asserted where the pieces are made; this piece alone writes
-            // these columns of these rows.
+        for row in 0..rows {
+            let products = products.row(row);
+            // SAFETY: `multiply` has written these numbers. `out` is `[rows, width]`, asserted where the
+            // pieces are made; this piece alone writes these columns of these rows.
             unsafe {
                 let place = self.out.at((first_row + row) * width + column);
                 if columns == LANES {
-                    let mut x = simd.load(products.as_ptr());
+                    let mut x = simd.load(products);
                     if self.combine == Combine::Add {
                         x = simd.add(simd.load(place), x);
                     }
                     simd.store(place, x);
                 } else {
-                    for (i, x) in products.iter().take(columns).enumerate() {
-                        let place = place.add(i);
-                        *place = if self.combine == Combine::Add {
-                            *place + x
-                        } else {
-                            *x
-                        };
+                    for i in 0..columns {
+                        let (place, x) = (place.add(i), *products.add(i));
+                        *place = if self.combine == Combine::Add { *place + x } else { x };
                     }
                 }
             }
@@ -195,6 +207,7 @@ impl Operation for Piece<'_> {
     }
 }
 
+/// Writes the products of all rows of a piece.
 #[inline(always)]
 fn multiply<S: Simd>(
     simd: S,
@@ -207,9 +220,9 @@ fn multiply<S: Simd>(
     let data = matrix.tile(tile);
     let mut done = 0;
     for &group in piece {
-        assert!((done + group.rows) <= PIECE_ROWS);
-        // SAFETY: the assertion: there is room for the group's products.
-        let out = unsafe { products.0.as_mut_ptr().add(done * LANES) };
+        // The last row's place is looked up first: there is room for the whole group.
+        let _ = products.row(done + group.rows - 1);
+        let out = products.row(done);
         with_layout!(matrix.format(), L => {
             let view = rows.quantized.view(group);
             assert!(data.len() >= view.scales.len() / group.rows * (L::NUMBER_BYTES + 2 * L::SCALE_COUNT));
