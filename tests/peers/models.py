@@ -38,7 +38,7 @@ def put(make, target):
 
 
 def quantize(source, target, kind, *options):
-    print(f"making {target.name}", file=sys.stderr, flush=True)
+    print(f"making {target.name.removesuffix('.new')}", file=sys.stderr, flush=True)
     heavy = os.environ.get("FREEHOLD_HEAVY", "").split()
     done = subprocess.run([*heavy, tool("llama-quantize"), *options, source, target, kind], capture_output=True,
                           text=True, check=False)
