@@ -48,6 +48,8 @@ pub enum Command {
     Plan(commands::plan::Arguments),
     /// Say what is wrong with this machine or a deployment, and what to do
     Doctor(commands::doctor::Arguments),
+    /// Measure how fast this machine runs a model
+    Bench(commands::bench::Arguments),
     /// Say what a model file holds, what memory it needs, and whether it is sound
     Inspect(commands::inspect::Arguments),
     /// Make an API key and the hash of it that a GovernancePolicy holds
@@ -111,6 +113,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Chat(arguments) => commands::chat::run(arguments).await?,
         Command::Plan(arguments) => commands::plan::run(&arguments)?,
         Command::Doctor(arguments) => return commands::doctor::run(arguments).await,
+        Command::Bench(arguments) => commands::bench::run(arguments).await?,
         Command::Inspect(arguments) => return commands::inspect::run(&arguments),
         Command::Key(arguments) => commands::key::run(&arguments),
         Command::Version => println!("freehold {}", env!("CARGO_PKG_VERSION")),

@@ -1,6 +1,7 @@
 //! The commands, one a module.
 
 pub mod apply;
+pub mod bench;
 pub mod chat;
 pub mod delete;
 pub mod demo;

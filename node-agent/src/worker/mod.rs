@@ -127,6 +127,7 @@ fn load(args: &WorkerArgs) -> Result<(Engine, WorkerReady), LoadModel> {
             KvArg::F16 => KvType::F16,
             KvArg::F32 => KvType::F32,
         },
+        ..EngineOptions::default()
     };
     let engine = Engine::load(&args.model, &options, |_| ())?;
     let load_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -150,7 +151,9 @@ fn classify(problem: &LoadModel) -> (&'static str, bool) {
     match problem {
         LoadModel::Invalid(_) | LoadModel::NotANumber => (reason::INVALID_MODEL, true),
         LoadModel::InvalidOption { .. } => (reason::INVALID_SPEC, true),
-        LoadModel::Compute(_) | LoadModel::StartThread(_) => (reason::CRASHED, false),
+        LoadModel::Compute(_) | LoadModel::Allocate(_) | LoadModel::StartThread(_) => {
+            (reason::CRASHED, false)
+        }
     }
 }
 

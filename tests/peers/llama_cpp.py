@@ -1,0 +1,119 @@
+"""Fetches llama.cpp from the Python package registry and builds it for this machine, once.
+
+The sdist of llama-cpp-python carries llama.cpp's whole source; its tools are built native (every instruction
+that this CPU has, OpenMP, the repacked weight kernels), without TLS and web page, which no figure needs.
+
+    python3 tests/peers/llama_cpp.py        prints the folder of the tools
+
+A wrapper that every build on a shared machine shall go through can be named in FREEHOLD_HEAVY."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fetch import sha256  # noqa: E402
+
+VERSION = "0.3.36"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity", "llama-completion",
+         "llama-server")
+OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "GGML_NATIVE": "ON",
+    "BUILD_SHARED_LIBS": "OFF",
+    "LLAMA_ALL_WARNINGS": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_BUILD_TOOLS": "ON",
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_APP": "OFF",
+    # A page out of a model hub, of which the server needs nothing.
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+}
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "freehold"
+FOLDER = CACHE / "peers" / "llama.cpp" / VERSION
+
+
+def tool(name):
+    """Where a tool of llama.cpp lies."""
+    return FOLDER / "bin" / name
+
+
+def need(program, package):
+    found = shutil.which(program)
+    if not found:
+        sys.exit(f"{program} is not there; install it, for example with: python3 -m pip install {package}")
+    return found
+
+
+def fetch_source():
+    """The source tree, taken out of the sdist after its digest was found right."""
+    source = FOLDER / "source"
+    if source.is_dir():
+        return source
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"fetching llama-cpp-python {VERSION}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                        "--no-binary=llama-cpp-python", "--dest", folder, f"llama-cpp-python=={VERSION}"], check=True)
+        sdist = next(Path(folder).glob("llama_cpp_python-*.tar.gz"))
+        found = sha256(sdist)
+        if found != SDIST_SHA256:
+            sys.exit(f"{sdist.name}: sha256 is {found} and must be {SDIST_SHA256}; nothing was kept")
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder, filter="data")
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        staged = FOLDER / "source.new"
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.move(Path(folder) / f"llama_cpp_python-{VERSION}" / "vendor" / "llama.cpp", staged)
+        staged.rename(source)
+    return source
+
+
+def build(source):
+    cmake, ninja = need("cmake", "cmake"), need("ninja", "ninja")
+    tree = FOLDER / "build"
+    heavy = os.environ.get("FREEHOLD_HEAVY", "").split()
+    configure = [cmake, "-S", source, "-B", tree, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                 *(f"-D{name}={value}" for name, value in OPTIONS.items())]
+    subprocess.run(configure, check=True, stdout=sys.stderr)
+    subprocess.run([*heavy, cmake, "--build", tree, "--parallel", str(os.cpu_count()), "--target", *TOOLS], check=True,
+                   stdout=sys.stderr)
+    staged = FOLDER / "bin.new"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    for name in TOOLS:
+        shutil.copy2(tree / "bin" / name, staged / name)
+    staged.rename(FOLDER / "bin")
+    # Some hundred megabytes of objects that nobody needs again.
+    shutil.rmtree(tree)
+
+
+def provide():
+    """The folder of the tools; built if it is not there."""
+    if not (FOLDER / "bin").is_dir():
+        build(fetch_source())
+    return FOLDER / "bin"
+
+
+def version():
+    """What the peer is called in tables."""
+    ggml = (FOLDER / "source" / "ggml" / "CMakeLists.txt").read_text()
+    llama = (FOLDER / "source" / "CMakeLists.txt").read_text()
+
+    def number(text, prefix):
+        lines = dict(line.strip().removeprefix("set(").rstrip(")").split(None, 1) for line in text.splitlines()
+                     if line.startswith(f"set({prefix}_VERSION_") and "BASE" not in line and "$" not in line)
+        return ".".join(lines[f"{prefix}_VERSION_{part}"] for part in ("MAJOR", "MINOR", "PATCH"))
+
+    return f"llama.cpp {number(llama, 'LLAMA')}, ggml {number(ggml, 'GGML')} (llama-cpp-python {VERSION})"
+
+
+if __name__ == "__main__":
+    print(provide())
+    print(version())
