@@ -4,7 +4,7 @@
 //! cargo run --release -p freehold-engine --example bench_engine -- FILE.gguf [RUNS]
 //! ```
 //! Both run the same file in this process, in turn, so that what else the machine does hits both; the
-//! figures are medians. Memory is the engine's alone: it is measured before the other is loaded.
+//! figures are medians; with 0 RUNS the engine runs alone, for a profiler. Memory is the engine's alone: it is measured before the other is loaded.
 
 use std::error::Error;
 use std::ops::ControlFlow;
@@ -212,6 +212,16 @@ fn main() -> Outcome<()> {
         facts.file_bytes as f64 / mib,
         resident as f64 / facts.file_bytes as f64
     );
+    if runs == 0 {
+        let alone: Vec<(f64, f64)> = (0..7).map(|_| ours.single(&prompt)).collect::<Outcome<_>>()?;
+        let batch = median((0..3).map(|_| ours.batch(&prompt)).collect::<Outcome<Vec<_>>>()?.into_iter());
+        println!(
+            "alone: prefill {:.1}, decode {:.1}, {BATCH} sequences {batch:.1} tokens/s",
+            median(alone.iter().map(|run| run.0)),
+            median(alone.iter().map(|run| run.1)),
+        );
+        return Ok(());
+    }
     let mut peer = Peer::load(&path, &facts.architecture)?;
     peer.single(&prompt)?;
     let mut results = Vec::new();

@@ -60,6 +60,8 @@ pub(crate) trait Simd: Copy {
     /// As [`Simd::dot`], for bytes up to 255.
     fn dot_wide(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I;
 
+    /// Asks for the line at `from`, which may lie anywhere.
+    fn prefetch(self, from: *const u8);
     /// Reads 64 bytes.
     unsafe fn load_bytes(self, from: *const u8) -> Self::B;
     fn low_nibbles(self, a: Self::B) -> Self::B;
@@ -225,6 +227,8 @@ impl Simd for Portable {
     fn dot_wide(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
         self.dot(sum, weights, x)
     }
+    #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> Self::B {
         // SAFETY: the caller's promise.

@@ -5,7 +5,7 @@
 // Every `unsafe` block without a comment of its own is an intrinsic that the type's value stands for.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
-use std::arch::x86_64::{
+use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0, 
     __m256, __m256i, __m512, __m512i, _mm_add_epi32, _mm_add_ps, _mm_add_ss, _mm_cvtsi128_si32,
     _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehl_ps, _mm_packs_epi16,
     _mm_shuffle_epi32, _mm_shuffle_ps, _mm_storeu_si128, _mm256_add_epi8, _mm256_add_epi32, _mm256_add_ps,
@@ -161,6 +161,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn dot_wide(self, sum: __m512i, weights: __m512i, x: __m512i) -> __m512i {
         unsafe { _mm512_dpbusd_epi32(sum, weights, x) }
+    }
+    #[inline(always)]
+    fn prefetch(self, from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> __m512i {
@@ -352,6 +356,10 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high[i], x[i]), _mm256_set1_epi16(16));
             _mm256_add_epi32(sum[i], _mm256_add_epi32(low, high))
         })
+    }
+    #[inline(always)]
+    fn prefetch(self, from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> Self::B {
