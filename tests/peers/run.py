@@ -128,6 +128,13 @@ def freehold(path, threads):
     return {**found, "load ms": engine["load_ms"]["median"], "peak MiB": peak / 2**20}
 
 
+def bandwidth(path, threads):
+    """Bytes a second that this machine reads from memory, as `freehold bench` finds it."""
+    said, _, _ = finish([FREEHOLD, "bench", path, "--json", "--bandwidth", "--rounds", "1", "--threads", str(threads),
+                         "--prompt-tokens", "16", "--decode-tokens", "4", "--sequences", "1"])
+    return json.loads(said)["engine"]["memory_bytes_per_second"]
+
+
 def engines(files, rounds, threads):
     """For each file: the samples of both, and llama.cpp's best settings."""
     results = {}
@@ -141,7 +148,8 @@ def engines(files, rounds, threads):
             for who, measure in order if number % 2 == 0 else reversed(order):
                 tell(f"{name}: round {number + 1} of {rounds}, {who}")
                 samples[who].append(measure())
-        results[name] = {"samples": samples, "settings": peer.best}
+        results[name] = {"samples": samples, "settings": peer.best, "bytes": path.stat().st_size,
+                         "bandwidth": bandwidth(path, threads)}
     return results
 
 
@@ -263,13 +271,21 @@ def chat_table(result):
     return rows
 
 
+def bandwidth_lines(results):
+    best = max(result["bandwidth"] for result in results.values())
+    shares = (f"{name} {middle(result['samples']['freehold'], FIGURES[1]) * result['bytes'] / best * 100:.0f} %"
+              for name, result in results.items())
+    return [f"Memory is read with {best / 1e9:.1f} GB/s; of that, decoding one sequence uses (file size times tokens/s): "
+            + ", ".join(shares) + "."]
+
+
 def machine():
     text = Path("/proc/cpuinfo").read_text()
     cpu = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor())
     flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
     kinds = [kind for kind in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8") if kind in flags]
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
-    return f"{cpu} ({', '.join(kinds)}), {os.cpu_count()} cores, {memory:.0f} GiB, Linux {platform.release()}"
+    return f"{cpu} ({', '.join(kinds)}), {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
 
 
 def commit():
@@ -286,7 +302,7 @@ def page(results, spoken, rounds, threads):
             f"batches decode after prompts of {SHORT_PROMPT} tokens. llama.cpp: `llama-bench -p {PREFILL} -n {DECODE} -r 1` (no "
             f"sampling, decode from an empty context), `llama-batched-bench -npp {SHORT_PROMPT} -ntg {DECODE} -npl 8,16`, "
             "load time of `llama-completion -n 1 --no-warmup`; peak MiB is the largest resident memory of the process that "
-            "decoded the batches. The file in a 1B shape has random weights.")]
+            "decoded the batches. The file in a 1B shape has random weights."), "", *bandwidth_lines(results)]
     if spoken:
         lines += ["", f"{spoken['model']} through HTTP, answers of at most {ANSWER_TOKENS} tokens, one client "
                   f"(`freehold bench bench --http URL --rounds 2`) for both, {max(CHATS)} slots of {CHAT_CONTEXT} tokens each.", ""]
