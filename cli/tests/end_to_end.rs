@@ -415,7 +415,7 @@ fn a_bench_gives_figures_of_the_engine_and_of_chats_through_a_gateway_of_its_own
         .arg(&model)
         .args(small)
         .args(["--chats", "1,2", "--answer-tokens", "5"])
-        .args(["--bandwidth", "--json", "--http"])
+        .args(["--json", "--http"])
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", text(&output));
@@ -438,11 +438,6 @@ fn a_bench_gives_figures_of_the_engine_and_of_chats_through_a_gateway_of_its_own
         assert!(number(speed) > 0.0, "{speed} in {report:#}");
     }
     assert_eq!(number("/engine/decode/1/sequences"), 3.0);
-    // Memory that were read slower than this, or faster, would be a mistake in the arithmetic.
-    assert!(
-        (5e8..2e12).contains(&number("/engine/memory_bytes_per_second")),
-        "{report:#}"
-    );
     // The weights are in memory, and not twice more.
     let resident = number("/engine/resident_loaded_bytes") / number("/engine/file_bytes");
     assert!((0.8..3.0).contains(&resident), "{resident} in {report:#}");

@@ -137,7 +137,8 @@ pub async fn run(arguments: Arguments) -> Result<()> {
             let mut figures = measured.await??;
             if bandwidth {
                 let threads = plan.threads.map_or_else(cores, |threads| threads as usize);
-                let measured = tokio::task::spawn_blocking(move || bandwidth::measure(threads));
+                let measured =
+                    tokio::task::spawn_blocking(move || bandwidth::measure(threads, bandwidth::BYTES));
                 figures.memory_bytes_per_second = Some(measured.await?);
             }
             report.engine = Some(figures);
