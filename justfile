@@ -37,3 +37,12 @@ bench-engine:
 bench-rest *ARGS:
     cargo build --release --bin freehold
     python3 tests/bench_rest.py {{ARGS}}
+
+# Freehold beside llama.cpp on the same files; writes docs/benchmarks.md when the machine is quiet
+bench-peers *ARGS:
+    cargo build --release --bin freehold
+    python3 tests/peers/run.py {{ARGS}}
+
+# One model on this machine: `just bench-model FILE --http`
+bench-model FILE *ARGS:
+    cargo run --release --bin freehold -- bench {{FILE}} {{ARGS}}

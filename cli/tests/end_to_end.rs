@@ -396,3 +396,86 @@ fn a_plan_is_made_offline_with_its_reasons() {
         text(&wrong)
     );
 }
+
+#[test]
+fn a_bench_gives_figures_of_the_engine_and_of_chats_through_a_gateway_of_its_own() {
+    let model = cached("models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let small = [
+        "--rounds",
+        "1",
+        "--prompt-tokens",
+        "24",
+        "--decode-tokens",
+        "6",
+        "--sequences",
+        "1,3",
+    ];
+    let output = freehold()
+        .arg("bench")
+        .arg(&model)
+        .args(small)
+        .args(["--chats", "1,2", "--answer-tokens", "5"])
+        .args(["--json", "--http"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let number = |pointer: &str| {
+        report
+            .pointer(pointer)
+            .and_then(serde_json::Value::as_f64)
+            .unwrap_or_else(|| panic!("{pointer} is no number in {report:#}"))
+    };
+    for speed in [
+        "/engine/prefill/tokens_per_second/median",
+        "/engine/decode/0/tokens_per_second/median",
+        "/engine/decode/1/tokens_per_second/median",
+        "/engine/load_ms/median",
+        "/http/chats/0/tokens_per_second",
+        "/http/chats/1/tokens_per_second",
+        "/http/chats/1/first_token_p50_ms",
+    ] {
+        assert!(number(speed) > 0.0, "{speed} in {report:#}");
+    }
+    assert_eq!(number("/engine/decode/1/sequences"), 3.0);
+    // The weights are in memory, and not twice more.
+    let resident = number("/engine/resident_loaded_bytes") / number("/engine/file_bytes");
+    assert!((0.8..3.0).contains(&resident), "{resident} in {report:#}");
+    // Eight answers a number of chats, none longer than was asked.
+    for chats in ["/http/chats/0", "/http/chats/1"] {
+        assert_eq!(number(&format!("{chats}/answers")), 8.0);
+        assert!(
+            (8.0..=40.0).contains(&number(&format!("{chats}/tokens"))),
+            "{report:#}"
+        );
+        assert!(
+            number(&format!("{chats}/first_token_p95_ms")) >= number(&format!("{chats}/first_token_p50_ms"))
+        );
+    }
+
+    let table = freehold().arg("bench").arg(&model).args(small).output().unwrap();
+    let shown = text(&table);
+    for part in [
+        "prefill of 24 tokens",
+        "decode of 6 tokens, 3 sequences",
+        "load",
+        "of the file",
+    ] {
+        assert!(
+            table.status.success() && shown.contains(part),
+            "{part:?} is not in:\n{shown}"
+        );
+    }
+    let astray = freehold()
+        .arg("bench")
+        .arg("--http")
+        .arg(&model)
+        .arg("x")
+        .output()
+        .unwrap();
+    assert!(
+        !astray.status.success() && text(&astray).contains("write --http last"),
+        "{}",
+        text(&astray)
+    );
+}

@@ -123,7 +123,12 @@ impl Client {
     /// # Errors
     /// When the HTTP client cannot be made.
     pub fn new(base_url: &str, api_key: Option<String>) -> Result<Self> {
-        let http = reqwest::Client::builder().no_proxy().build()?;
+        // A connection for each question: servers close those that rest, and one that closes just as the
+        // next question goes out would fail it (seen with llama-server under `freehold bench`).
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .pool_max_idle_per_host(0)
+            .build()?;
         Ok(Self {
             base_url: base_url.trim_end_matches('/').to_owned(),
             api_key,

@@ -87,6 +87,7 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
         load_ms: Samples::new(load_ms),
         resident_loaded_bytes,
         resident_worked_bytes,
+        memory_bytes_per_second: None,
         prefill: Pace {
             sequences: 1,
             tokens: plan.prompt_tokens,

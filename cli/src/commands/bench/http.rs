@@ -159,7 +159,7 @@ async fn converse(
     concurrent: usize,
     plan: &Plan,
 ) -> Result<ChatFigures> {
-    let answers_wanted = (concurrent * plan.rounds).max(FEWEST_ANSWERS.min(8 * plan.rounds));
+    let answers_wanted = (concurrent * plan.rounds).max(FEWEST_ANSWERS);
     let next = Arc::new(AtomicUsize::new(0));
     let started = Instant::now();
     let clients: Vec<_> = (0..concurrent)

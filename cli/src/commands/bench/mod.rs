@@ -1,7 +1,9 @@
 //! `freehold bench`: how fast this machine runs a model, alone and through the gateway.
 //!
-//! [`engine`] measures in this process, [`http`] through the whole path, [`numbers`] does the arithmetic.
+//! [`engine`] measures in this process, [`bandwidth`] the memory under it, [`http`] the whole path; [`numbers`]
+//! does the arithmetic.
 
+mod bandwidth;
 mod engine;
 mod http;
 mod numbers;
@@ -14,7 +16,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::output;
-use numbers::{EngineFigures, HttpFigures, Report};
+use numbers::{EngineFigures, HttpFigures, Report, weights_read};
 
 /// Settings of `freehold bench`.
 #[derive(Args, Debug)]
@@ -42,6 +44,9 @@ pub struct Arguments {
     /// Numbers of sequences that write together
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 8, 16], value_parser = positive)]
     pub sequences: Vec<usize>,
+    /// Measure how fast the memory is read, and how much of that decoding one sequence uses
+    #[arg(long)]
+    pub bandwidth: bool,
     /// Measure concurrent chats too: through this gateway, or without URL through one started for it
     #[arg(long, value_name = "URL", num_args = 0..=1)]
     pub http: Option<Option<String>>,
@@ -88,6 +93,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         prompt_tokens,
         decode_tokens,
         sequences,
+        bandwidth,
         http,
         chats,
         answer_tokens,
@@ -128,7 +134,14 @@ pub async fn run(arguments: Arguments) -> Result<()> {
             let measured = tokio::task::spawn_blocking(move || {
                 engine::measure(&path_there, &plan_there, |what| advance(&bar_there, what))
             });
-            report.engine = Some(measured.await??);
+            let mut figures = measured.await??;
+            if bandwidth {
+                let threads = plan.threads.map_or_else(cores, |threads| threads as usize);
+                let measured =
+                    tokio::task::spawn_blocking(move || bandwidth::measure(threads, bandwidth::BYTES));
+                figures.memory_bytes_per_second = Some(measured.await?);
+            }
+            report.engine = Some(figures);
             if through_gateway {
                 report.http = Some(http::measure_own(&path, &plan, |what| advance(&bar, what)).await?);
             }
@@ -141,6 +154,10 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         lines(&report, rounds).iter().for_each(|line| println!("{line}"));
     }
     Ok(())
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 fn progress(steps: usize) -> ProgressBar {
@@ -205,6 +222,17 @@ fn engine_rows(engine: &EngineFigures) -> Vec<Vec<String>> {
                 format!("{} ({ratio:.2} of the file)", output::bytes(resident)),
             ]);
         }
+    }
+    if let Some(most) = engine.memory_bytes_per_second {
+        let single = engine.decode.iter().find(|pace| pace.sequences == 1);
+        let used = single.map_or_else(String::new, |pace| {
+            let share = weights_read(engine.file_bytes, pace.tokens_per_second.median) / most;
+            format!("; decoding one sequence reads {:.0} % of that", share * 100.0)
+        });
+        rows.push(vec![
+            "memory is read with".to_owned(),
+            format!("{:.1} GB/s{used}", most / 1e9),
+        ]);
     }
     rows
 }

@@ -33,6 +33,9 @@ pub struct EngineFigures {
     /// The same after the work, the KV cache that it filled included.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resident_worked_bytes: Option<u64>,
+    /// Bytes a second that the threads read from memory; absent when it was not asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_bytes_per_second: Option<f64>,
     /// Tokens/s of reading a prompt.
     pub prefill: Pace,
     /// Tokens/s of writing, all sequences together; one entry a number of sequences.
@@ -129,6 +132,13 @@ fn sorted(numbers: &[f64]) -> Vec<f64> {
 #[must_use]
 pub fn rate(count: f64, seconds: f64) -> f64 {
     if seconds > 0.0 { count / seconds } else { f64::NAN }
+}
+
+/// Bytes of weights that decoding one sequence reads in a second, taking it that each token reads the whole
+/// file once: right where the embedding is the output matrix too, a little too much elsewhere.
+#[must_use]
+pub fn weights_read(file_bytes: u64, tokens_per_second: f64) -> f64 {
+    file_bytes as f64 * tokens_per_second
 }
 
 /// One answer through the gateway.

@@ -1,0 +1,356 @@
+"""Runs Freehold and llama.cpp in turn on the same files with the same threads, and writes the table.
+
+    just bench-peers                     everything, five rounds, written into docs/benchmarks.md
+    python3 tests/peers/run.py --help    for less than that
+
+A round measures one and then the other; the next round turns the order round. llama.cpp runs with those of
+its settings that are fastest here for each figure (tried once a file, before the rounds). Figures taken while
+something else loads the machine are printed and never written."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import llama_cpp
+import models
+from llama_cpp import CACHE, tool
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", CACHE / "target"))
+FREEHOLD = Path(os.environ.get("FREEHOLD_BIN", TARGET / "release" / "freehold"))
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
+RAW = CACHE / "peers" / "latest.json"
+
+PREFILL, DECODE, SHORT_PROMPT, SEQUENCES = 512, 128, 16, (8, 16)
+CHATS, ANSWER_TOKENS, CHAT_CONTEXT = (1, 8, 32), 64, 512
+# Ratios to llama.cpp that the project wants: prefill, decode of 1, 8 and 16 sequences.
+FIGURES = ("prefill 512", "decode 128", "decode, 8 sequences", "decode, 16 sequences")
+WANTED = {
+    "SmolLM2-135M Q4_1": (3.5, 1.7, 2.8, 3.0),
+    "SmolLM2-135M Q4_0": (1.3, 1.0, 1.5, 1.7),
+    "SmolLM2-135M Q8_0": (1.7, 1.1, 2.0, 2.2),
+    "Gemma 3 270M Q4_K_M": (1.5, 1.3, 2.0, 2.2),
+    "1B shape Q4_K_M": (1.5, 1.0, 1.6, 1.7),
+}
+# Of llama-batched-bench; llama-bench knows the first two only.
+ATTENTION = {"fa on": ["-fa", "on"], "fa off": ["-fa", "off"]}
+SETTINGS = {**ATTENTION, "fa on, unified KV": ["-fa", "on", "-kvu"]}
+# More processes that want to run than this, and the machine is not ours alone.
+QUIET_LOAD = 0.5
+READY_SECONDS = 180
+
+
+def finish(command):
+    """Runs to the end: its output, its errors and its peak of resident memory in bytes."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        errors.seek(0)
+        said, complained = out.read(), errors.read()
+    if process.returncode:
+        sys.exit(f"{command[0]} ended with {process.returncode}:\n{complained[-3000:]}")
+    return said, complained, usage.ru_maxrss * 1024
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+class Peer:
+    """llama.cpp on one file."""
+
+    def __init__(self, path, threads):
+        self.path, self.threads = path, str(threads)
+        self.best = {}
+
+    def bench(self, attention, prompt, decode):
+        said, _, _ = finish([tool("llama-bench"), "-m", self.path, "-t", self.threads, "-r", "1", "-p", str(prompt), "-n",
+                             str(decode), *ATTENTION[attention], "-o", "jsonl"])
+        return json_lines(said)[0]["avg_ts"]
+
+    def batched(self, setting, sequences):
+        cells = (SHORT_PROMPT + DECODE) * max(sequences)
+        said, _, peak = finish([tool("llama-batched-bench"), "-m", self.path, "-t", self.threads, "-tb", self.threads,
+                                "-c", str(-(-cells // 256) * 256), "-b", "2048", "-ub", "512", "-npp", str(SHORT_PROMPT),
+                                "-ntg", str(DECODE), "-npl", ",".join(map(str, sequences)), *SETTINGS[setting],
+                                "--output-format", "jsonl"])
+        return {line["pl"]: line["speed_tg"] for line in json_lines(said)}, peak
+
+    def load_ms(self):
+        _, complained, _ = finish([tool("llama-completion"), "-m", self.path, "-t", self.threads, "-c", "1024", "-no-cnv",
+                                   "-p", "The", "-n", "1", "--no-warmup", "--perf"])
+        line = next(line for line in complained.splitlines() if "load time" in line)
+        return float(line.split("=")[1].split()[0])
+
+    def calibrate(self):
+        """Finds the fastest of its settings for each figure."""
+        pace = {FIGURES[0]: {name: self.bench(name, PREFILL, 0) for name in ATTENTION},
+                FIGURES[1]: {name: self.bench(name, 0, DECODE) for name in ATTENTION}}
+        batches = {name: self.batched(name, SEQUENCES)[0] for name in SETTINGS}
+        for figure, sequences in zip(FIGURES[2:], SEQUENCES):
+            pace[figure] = {name: found[sequences] for name, found in batches.items()}
+        self.best = {figure: max(found, key=found.get) for figure, found in pace.items()}
+
+    def measure(self):
+        found = {FIGURES[0]: self.bench(self.best[FIGURES[0]], PREFILL, 0),
+                 FIGURES[1]: self.bench(self.best[FIGURES[1]], 0, DECODE)}
+        peaks = []
+        for setting in sorted({self.best[figure] for figure in FIGURES[2:]}):
+            chosen = [count for figure, count in zip(FIGURES[2:], SEQUENCES) if self.best[figure] == setting]
+            paces, peak = self.batched(setting, chosen)
+            peaks.append(peak)
+            found.update({figure: paces[count] for figure, count in zip(FIGURES[2:], SEQUENCES) if count in paces})
+        return {**found, "load ms": self.load_ms(), "peak MiB": max(peaks) / 2**20}
+
+
+def freehold(path, threads):
+    """Freehold's engine on one file."""
+    said, _, peak = finish([FREEHOLD, "bench", path, "--json", "--rounds", "1", "--threads", str(threads), "--prompt-tokens",
+                            str(PREFILL), "--decode-tokens", str(DECODE), "--sequences",
+                            ",".join(map(str, (1, *SEQUENCES)))])
+    engine = json.loads(said)["engine"]
+    paces = [engine["prefill"], *engine["decode"]]
+    found = {figure: pace["tokens_per_second"]["median"] for figure, pace in zip(FIGURES, paces)}
+    return {**found, "load ms": engine["load_ms"]["median"], "peak MiB": peak / 2**20}
+
+
+def bandwidth(path, threads):
+    """Bytes a second that this machine reads from memory, as `freehold bench` finds it."""
+    said, _, _ = finish([FREEHOLD, "bench", path, "--json", "--bandwidth", "--rounds", "1", "--threads", str(threads),
+                         "--prompt-tokens", "16", "--decode-tokens", "4", "--sequences", "1"])
+    return json.loads(said)["engine"]["memory_bytes_per_second"]
+
+
+def engines(files, rounds, threads):
+    """For each file: the samples of both, and llama.cpp's best settings."""
+    results = {}
+    for name, path in files.items():
+        peer = Peer(path, threads)
+        tell(f"{name}: llama.cpp's best settings")
+        peer.calibrate()
+        samples = {"freehold": [], "llama.cpp": []}
+        for number in range(rounds):
+            order = [("freehold", lambda: freehold(path, threads)), ("llama.cpp", peer.measure)]
+            for who, measure in order if number % 2 == 0 else reversed(order):
+                tell(f"{name}: round {number + 1} of {rounds}, {who}")
+                samples[who].append(measure())
+        results[name] = {"samples": samples, "settings": peer.best, "bytes": path.stat().st_size,
+                         "bandwidth": bandwidth(path, threads)}
+    return results
+
+
+class Served:
+    """A server on this file, stopped at the end."""
+
+    def __init__(self, command, base_url, model, log):
+        self.base_url, self.model = base_url, model
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def wait(self, log):
+        """Until it answers a chat."""
+        body = json.dumps({"model": self.model, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]})
+        deadline, last = time.monotonic() + READY_SECONDS, "nothing"
+        while time.monotonic() < deadline and self.process.poll() is None:
+            request = urllib.request.Request(f"{self.base_url}/chat/completions", body.encode(),
+                                             {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=60):
+                    return self
+            except (urllib.error.URLError, OSError) as failure:
+                last = failure
+                time.sleep(0.2)
+        log.seek(0)
+        sys.exit(f"{self.base_url} does not answer: {last}\n{log.read()[-3000:].decode(errors='replace')}")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def chat(server):
+    said, _, _ = finish([FREEHOLD, "bench", server.model, "--http", server.base_url, "--json", "--rounds", "2", "--chats",
+                         ",".join(map(str, CHATS)), "--answer-tokens", str(ANSWER_TOKENS)])
+    return json.loads(said)["http"]["chats"]
+
+
+def chat_freehold(path, threads):
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        manifests = Path(folder) / "manifests"
+        manifests.mkdir()
+        # JSON is YAML too.
+        (manifests / "bench.yaml").write_text(json.dumps({
+            "apiVersion": "freehold.dev/v1alpha1", "kind": "ModelDeployment",
+            "metadata": {"name": "bench", "namespace": "default"},
+            "spec": {"model": {"path": str(path)},
+                     "engine": {"contextLength": CHAT_CONTEXT, "concurrency": max(CHATS), "threads": threads}}}))
+        command = [FREEHOLD, "up", "--data-dir", f"{folder}/data", "--manifests", manifests, "--listen",
+                   f"127.0.0.1:{port}", "--api-listen", "127.0.0.1:0", "--node-name", "bench"]
+        with Served(command, f"http://127.0.0.1:{port}/v1", "bench", log) as server:
+            return chat(server.wait(log))
+
+
+def chat_peer(path, threads):
+    port = free_port()
+    with tempfile.TemporaryFile() as log:
+        command = [tool("llama-server"), "-m", path, "-t", str(threads), "-tb", str(threads), "-np", str(max(CHATS)), "-c",
+                   str(max(CHATS) * CHAT_CONTEXT), "--host", "127.0.0.1", "--port", str(port), "--no-webui",
+                   "-fa", "on", "--alias", "bench"]
+        with Served(command, f"http://127.0.0.1:{port}/v1", "bench", log) as server:
+            return chat(server.wait(log))
+
+
+def chats(name, path, rounds, threads):
+    samples = {"freehold": [], "llama-server": []}
+    for number in range(rounds):
+        order = [("freehold", chat_freehold), ("llama-server", chat_peer)]
+        for who, measure in order if number % 2 == 0 else reversed(order):
+            tell(f"chats with {name}: round {number + 1} of {rounds}, {who}")
+            samples[who].append(measure(path, threads))
+    return {"model": name, "samples": samples}
+
+
+def tell(text):
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def middle(samples, key):
+    return statistics.median(sample[key] for sample in samples)
+
+
+def engine_table(results):
+    rows = ["| model file | figure | Freehold | llama.cpp | ratio | wanted | llama.cpp's settings |", "|---|---|--:|--:|--:|--:|---|"]
+    for name, result in results.items():
+        ours, theirs = result["samples"]["freehold"], result["samples"]["llama.cpp"]
+        for figure, wanted in zip(FIGURES, WANTED[name]):
+            our, their = middle(ours, figure), middle(theirs, figure)
+            rows.append(f"| {name} | {figure} | {our:.1f} | {their:.1f} | {our / their:.2f} | {wanted} | {result['settings'][figure]} |")
+        for figure, wanted in (("load ms", "at most 1.5"), ("peak MiB", "")):
+            our, their = middle(ours, figure), middle(theirs, figure)
+            rows.append(f"| {name} | {figure} | {our:.0f} | {their:.0f} | {our / their:.2f} | {wanted} | |")
+    return rows
+
+
+def chat_table(result):
+    rows = ["| chats at once | figure | Freehold | llama-server | ratio | wanted |", "|--:|---|--:|--:|--:|---|"]
+    figures = (("tokens/s", "tokens_per_second", "1.5 at 8 and above"), ("first token p50, ms", "first_token_p50_ms", ""),
+               ("first token p95, ms", "first_token_p95_ms", "below 1"))
+    for index, count in enumerate(CHATS):
+        ours = [sample[index] for sample in result["samples"]["freehold"]]
+        theirs = [sample[index] for sample in result["samples"]["llama-server"]]
+        for title, key, wanted in figures:
+            our, their = middle(ours, key), middle(theirs, key)
+            rows.append(f"| {count} | {title} | {our:.1f} | {their:.1f} | {our / their:.2f} | {wanted} |")
+    return rows
+
+
+def bandwidth_lines(results):
+    best = max(result["bandwidth"] for result in results.values())
+    shares = (f"{name} {middle(result['samples']['freehold'], FIGURES[1]) * result['bytes'] / best * 100:.0f} %"
+              for name, result in results.items())
+    return [f"Memory is read with {best / 1e9:.1f} GB/s; of that, decoding one sequence uses (file size times tokens/s): "
+            + ", ".join(shares) + "."]
+
+
+def machine():
+    text = Path("/proc/cpuinfo").read_text()
+    cpu = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor())
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    kinds = [kind for kind in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8") if kind in flags]
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
+    return f"{cpu} ({', '.join(kinds)}), {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+
+
+def commit():
+    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def page(results, spoken, rounds, threads):
+    lines = [f"{datetime.date.today()}, {machine()}; {threads} threads each; Freehold at commit {commit()}, release build; "
+             f"{llama_cpp.version()}, built native. Medians of {rounds} interleaved rounds; tokens/s where no unit stands.", ""]
+    if results:
+        lines += engine_table(results) + ["", (
+            f"Prompts are random tokens. Freehold: `freehold bench FILE --rounds 1 --threads {threads}`, greedy sampling included; "
+            f"batches decode after prompts of {SHORT_PROMPT} tokens. llama.cpp: `llama-bench -p {PREFILL} -n {DECODE} -r 1` (no "
+            f"sampling, decode from an empty context), `llama-batched-bench -npp {SHORT_PROMPT} -ntg {DECODE} -npl 8,16`, "
+            "load time of `llama-completion -n 1 --no-warmup`; peak MiB is the largest resident memory of the process that "
+            "decoded the batches. The file in a 1B shape has random weights."), "", *bandwidth_lines(results)]
+    if spoken:
+        lines += ["", f"{spoken['model']} through HTTP, answers of at most {ANSWER_TOKENS} tokens, one client "
+                  f"(`freehold bench bench --http URL --rounds 2`) for both, {max(CHATS)} slots of {CHAT_CONTEXT} tokens each.", ""]
+        lines += chat_table(spoken)
+    return "\n".join(lines)
+
+
+def write(text):
+    whole = PAGE.read_text()
+    before, rest = whole.split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    tell(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", default="", help="files whose name holds this text")
+    parser.add_argument("--skip-engines", action="store_true", help="measure the chats alone")
+    parser.add_argument("--skip-chats", action="store_true", help="measure the engines alone")
+    parser.add_argument("--chat-model", default="SmolLM2-135M Q4_1", choices=[name for name in WANTED if "Gemma" not in name])
+    parser.add_argument("--busy", action="store_true", help="measure although the machine is not quiet; prints, writes nothing")
+    return parser.parse_args()
+
+
+def main():
+    asked = arguments()
+    if not FREEHOLD.exists():
+        sys.exit(f"{FREEHOLD} is not there: cargo build --release --bin freehold")
+    files = models.provide()
+    load = os.getloadavg()[0]
+    if load > QUIET_LOAD and not asked.busy:
+        sys.exit(f"the machine is not quiet (load {load:.2f}, allowed {QUIET_LOAD}): end what else runs and wait a minute, "
+                 "or give --busy to see figures that are not written")
+    chosen = {} if asked.skip_engines else {name: path for name, path in files.items() if asked.only in name}
+    results = engines(chosen, asked.rounds, asked.threads)
+    spoken = None if asked.skip_chats else chats(asked.chat_model, files[asked.chat_model], asked.rounds, asked.threads)
+    RAW.write_text(json.dumps({"engines": results, "chats": spoken}, indent=1))
+    tell(f"every sample is in {RAW}")
+    text = page(results, spoken, asked.rounds, asked.threads)
+    print(text)
+    if not asked.busy and len(chosen) == len(WANTED) and spoken:
+        write(text)
+    else:
+        tell(f"{PAGE.relative_to(ROOT)} was left as it is: it takes a whole run on a quiet machine")
+
+
+if __name__ == "__main__":
+    main()
