@@ -109,7 +109,6 @@ impl Pool {
     }
 
     /// Threads that compute, the caller's among them.
-    #[cfg(test)]
     pub(crate) fn threads(&self) -> usize {
         self.inner.threads.len() + 1
     }

@@ -69,7 +69,7 @@ impl Compute {
         let groups: Vec<Group> = groups(count).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         self.pool
-            .run(total * pieces.len(), grain(total * pieces.len()), &|unit| {
+            .run(total * pieces.len(), grain(total * pieces.len(), self.pool.threads()), &|unit| {
                 let (piece, tile) = (pieces[unit / total], unit % total);
                 let index = tiles.partition_point(|(first, ..)| *first <= tile) - 1;
                 let (first, matrix, out) = tiles[index];
@@ -99,7 +99,7 @@ impl Compute {
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         let total = up.tiles();
         self.pool
-            .run(total * pieces.len(), grain(total * pieces.len()), &|unit| {
+            .run(total * pieces.len(), grain(total * pieces.len(), self.pool.threads()), &|unit| {
                 self.dispatch.run(Piece {
                     matrix: up,
                     tile: unit % total,
@@ -113,9 +113,9 @@ impl Compute {
     }
 }
 
-/// Pieces that a thread takes at once: few enough to share out well, enough to fetch them seldom.
-fn grain(units: usize) -> usize {
-    if units > 1024 { 8 } else { 2 }
+/// Pieces that a thread takes at once: few enough to share out well, and long ways to read in memory.
+fn grain(units: usize, threads: usize) -> usize {
+    (units / (threads * 6)).clamp(1, 64)
 }
 
 impl Rows<'_> {
