@@ -218,7 +218,12 @@ fn main() -> Outcome<()> {
             let (decode, prefill) = (ours.single(&prompt[..16])?.1, ours.single(&prompt)?.0);
             alone.push((prefill, decode));
         }
-        let batch = median((0..3).map(|_| ours.batch(&prompt)).collect::<Outcome<Vec<_>>>()?.into_iter());
+        let batch = median(
+            (0..3)
+                .map(|_| ours.batch(&prompt))
+                .collect::<Outcome<Vec<_>>>()?
+                .into_iter(),
+        );
         println!(
             "alone: prefill {:.1}, decode {:.1}, {BATCH} sequences {batch:.1} tokens/s",
             median(alone.iter().map(|run| run.0)),

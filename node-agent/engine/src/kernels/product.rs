@@ -68,8 +68,10 @@ impl Compute {
         }
         let groups: Vec<Group> = groups(count).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
-        self.pool
-            .run(total * pieces.len(), grain(total * pieces.len(), self.pool.threads()), &|unit| {
+        self.pool.run(
+            total * pieces.len(),
+            grain(total * pieces.len(), self.pool.threads()),
+            &|unit| {
                 let (piece, tile) = (pieces[unit / total], unit % total);
                 let index = tiles.partition_point(|(first, ..)| *first <= tile) - 1;
                 let (first, matrix, out) = tiles[index];
@@ -82,7 +84,8 @@ impl Compute {
                     out,
                     combine,
                 });
-            });
+            },
+        );
     }
 
     /// `gate(x G) * (x U)`: the first half of a feed-forward part.
@@ -98,8 +101,10 @@ impl Compute {
         let groups: Vec<Group> = groups(count).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         let total = up.tiles();
-        self.pool
-            .run(total * pieces.len(), grain(total * pieces.len(), self.pool.threads()), &|unit| {
+        self.pool.run(
+            total * pieces.len(),
+            grain(total * pieces.len(), self.pool.threads()),
+            &|unit| {
                 self.dispatch.run(Piece {
                     matrix: up,
                     tile: unit % total,
@@ -109,7 +114,8 @@ impl Compute {
                     out,
                     combine: Combine::Store,
                 });
-            });
+            },
+        );
     }
 }
 
@@ -202,7 +208,11 @@ impl Operation for Piece<'_> {
                 } else {
                     for i in 0..columns {
                         let (place, x) = (place.add(i), *products.add(i));
-                        *place = if self.combine == Combine::Add { *place + x } else { x };
+                        *place = if self.combine == Combine::Add {
+                            *place + x
+                        } else {
+                            x
+                        };
                     }
                 }
             }

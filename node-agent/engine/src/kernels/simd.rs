@@ -60,7 +60,7 @@ pub(crate) trait Simd: Copy {
     /// As [`Simd::dot`], for bytes up to 255.
     fn dot_wide(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I;
 
-    /// Asks for the line at `from`, which may lie anywhere.
+    /// Asks for the line at `from`, which may lie anywhere, to come as far as the second-level cache.
     fn prefetch(self, from: *const u8);
     /// Reads 64 bytes.
     unsafe fn load_bytes(self, from: *const u8) -> Self::B;

@@ -5,9 +5,9 @@
 // Every `unsafe` block without a comment of its own is an intrinsic that the type's value stands for.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
-use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0, 
-    __m256, __m256i, __m512, __m512i, _mm_add_epi32, _mm_add_ps, _mm_add_ss, _mm_cvtsi128_si32,
-    _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehl_ps, _mm_packs_epi16,
+use std::arch::x86_64::{
+    __m256, __m256i, __m512, __m512i, _MM_HINT_T1, _mm_add_epi32, _mm_add_ps, _mm_add_ss, _mm_cvtsi128_si32,
+    _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehl_ps, _mm_packs_epi16, _mm_prefetch,
     _mm_shuffle_epi32, _mm_shuffle_ps, _mm_storeu_si128, _mm256_add_epi8, _mm256_add_epi32, _mm256_add_ps,
     _mm256_and_si256, _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128,
     _mm256_cmpeq_epi8, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32,
@@ -164,7 +164,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn prefetch(self, from: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
     }
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> __m512i {
@@ -359,7 +359,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
     #[inline(always)]
     fn prefetch(self, from: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
     }
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> Self::B {
