@@ -63,10 +63,11 @@ pub(crate) fn list(
     };
     let limit = get("limit")
         .map(|text| {
-            text.parse::<usize>()
-                .map_err(|_| ApiError::bad_request(format!("limit is {text:?}; it must be a number")))
+            let limit = text.parse::<i64>();
+            limit.map_err(|_| ApiError::bad_request(format!("limit is {text:?}; it must be a number")))
         })
-        .transpose()?;
+        .transpose()?
+        .and_then(|limit| usize::try_from(limit).ok());
     let after = get("continue").map(read_token).transpose()?;
     let exact = (get("resourceVersionMatch") == Some("Exact"))
         .then(|| get("resourceVersion").map(parse_revision))
@@ -95,7 +96,10 @@ pub(crate) fn list(
             namespace: key.namespace.clone(),
             name: key.name.clone()
         }));
-        metadata["remainingItemCount"] = json!(remaining);
+        // How many of them would be selected is not counted, as in the API server.
+        if get("labelSelector").or(get("fieldSelector")).is_none() {
+            metadata["remainingItemCount"] = json!(remaining);
+        }
     }
     let items: Vec<Value> = objects
         .iter()
@@ -153,7 +157,20 @@ pub(crate) fn snapshot(
 }
 
 /// `XList`.
-pub(crate) fn list_document(resource: &Resource, items: Vec<Value>, metadata: Value) -> Value {
+///
+/// Items of built-in kinds do not say what they are, for their list does; lists of custom ones always speak of
+/// a next page.
+pub(crate) fn list_document(resource: &Resource, mut items: Vec<Value>, mut metadata: Value) -> Value {
+    if resource.custom {
+        if metadata.get("continue").is_none() {
+            metadata["continue"] = json!("");
+        }
+    } else {
+        for item in items.iter_mut().filter_map(Value::as_object_mut) {
+            item.remove("apiVersion");
+            item.remove("kind");
+        }
+    }
     json!({"kind": format!("{}List", resource.kind), "apiVersion": resource.api_version(), "metadata": metadata, "items": items})
 }
 
@@ -165,6 +182,8 @@ fn read_token(text: &str) -> Result<Continue, ApiError> {
     let bytes = URL_SAFE_NO_PAD.decode(text).ok();
     let token = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     token.ok_or_else(|| {
-        ApiError::bad_request("continue key is not valid: it must be one that this server gave out")
+        ApiError::bad_request(
+            "invalid continue token: continue key is not valid: it must be one that this server gave out",
+        )
     })
 }

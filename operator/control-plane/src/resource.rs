@@ -35,6 +35,8 @@ pub(crate) struct Resource {
     pub(crate) schema: Option<Structural>,
     /// Whether an update may leave out the `resourceVersion` that it is based on.
     pub(crate) unconditional_update: bool,
+    /// Whether an update makes what is not there.
+    pub(crate) created_by_update: bool,
     pub(crate) status_subresource: bool,
     pub(crate) columns: Vec<Column>,
     /// Whether a table begins with the name. One of events tells what happened first.
@@ -83,6 +85,7 @@ impl Resource {
             custom: false,
             schema: built_in::schema(kind),
             unconditional_update: kind != "Lease",
+            created_by_update: matches!(kind, "Lease" | "Event"),
             status_subresource: false,
             columns: vec![column("Age", "date", ".metadata.creationTimestamp")],
             name_first: true,
@@ -263,6 +266,7 @@ fn from_crd(crd: &CustomResourceDefinition) -> Result<Resource, String> {
         custom: true,
         schema: Some(Structural::new(schema)),
         unconditional_update: false,
+        created_by_update: false,
         status_subresource: version.subresources.as_ref().is_some_and(|s| s.status.is_some()),
         columns,
         name_first: true,

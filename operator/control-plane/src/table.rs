@@ -8,6 +8,34 @@ use crate::resource::{Column, Resource};
 /// What Kubernetes says of every name.
 const NAME: &str = "Name must be unique within a namespace. Is required when creating resources, although some resources may allow a client to request the generation of an appropriate name automatically. Name is primarily intended for creation idempotence and configuration definition. Cannot be updated. More info: https://kubernetes.io/docs/concepts/overview/working-with-objects/names#names";
 
+/// What a column is: what its definition says, or the documentation of the field that it shows.
+fn described(resource: &Resource, column: &Column) -> String {
+    if !column.description.is_empty() {
+        return column.description.clone();
+    }
+    if resource.custom {
+        return format!(
+            "Custom resource definition column (in JSONPath format): {}",
+            column.path
+        );
+    }
+    if column.path == ".metadata.creationTimestamp" {
+        return CREATED.to_owned();
+    }
+    let path = if column.path == "@dataCount" {
+        ".data"
+    } else {
+        &column.path
+    };
+    let pointer = path.replace('.', "/properties/") + "/description";
+    let schema = resource.schema.as_ref().map(crate::schema::Structural::schema);
+    let found = schema.and_then(|schema| schema.pointer(&pointer)?.as_str());
+    found.unwrap_or_default().to_owned()
+}
+
+/// What Kubernetes says of every age.
+const CREATED: &str = "CreationTimestamp is a timestamp representing the server time when this object was created. It is not guaranteed to be set in happens-before order across separate operations. Clients may not set this value. It is represented in RFC3339 form and is in UTC.\n\nPopulated by the system. Read-only. Null for lists. More info: https://git.k8s.io/community/contributors/devel/sig-architecture/api-conventions.md#metadata";
+
 /// A table over `objects`.
 pub(crate) fn table(resource: &Resource, objects: &[&Value], metadata: Value, include_object: &str) -> Value {
     let mut definitions = Vec::new();
@@ -19,12 +47,8 @@ pub(crate) fn table(resource: &Resource, objects: &[&Value], metadata: Value, in
     }
     definitions.extend(resource.columns.iter().map(|column| {
         json!({
-            "name": column.name, "type": column.kind, "format": "", "priority": column.priority,
-            "description": if column.description.is_empty() && resource.custom {
-                format!("Custom resource definition column (in JSONPath format): {}", column.path)
-            } else {
-                column.description.clone()
-            },
+            "name": column.name, "type": if resource.custom { &column.kind } else { "string" }, "format": "", "priority": column.priority,
+            "description": described(resource, column),
         })
     }));
     let rows: Vec<Value> = objects
@@ -47,7 +71,7 @@ fn row(resource: &Resource, object: &Value, include_object: &str) -> Value {
     cells.extend(resource.columns.iter().map(|column| cell(column, object)));
     let mut row = json!({"cells": cells});
     let attached = match include_object {
-        "None" => None,
+        "None" => Some(Value::Null),
         "Object" => Some(object.clone()),
         _ => Some(partial(object)),
     };
@@ -73,11 +97,13 @@ fn cell(column: &Column, object: &Value) -> Value {
     };
     let value = match column.path.as_str() {
         "@dataCount" => {
-            let count = object
-                .get("data")
-                .and_then(Value::as_object)
-                .map_or(0, serde_json::Map::len);
-            return json!(count);
+            let count = |map: &str| {
+                object
+                    .get(map)
+                    .and_then(Value::as_object)
+                    .map_or(0, serde_json::Map::len)
+            };
+            return json!(count("data") + count("binaryData"));
         }
         "@involvedObject" => return involved("involvedObject"),
         "@regarding" => return involved("regarding"),
