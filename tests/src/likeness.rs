@@ -21,6 +21,7 @@ static UID: LazyLock<Regex> =
     LazyLock::new(|| pattern("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"));
 static AGE: LazyLock<Regex> = LazyLock::new(|| pattern("^([0-9]+[smhdy]){1,2}$"));
 static TOO_OLD: LazyLock<Regex> = LazyLock::new(|| pattern(r"resource version: \d+ \(\d+\)"));
+static PRECONDITION: LazyLock<Regex> = LazyLock::new(|| pattern(r"(precondition|record) \(\d+\)"));
 static TOO_LARGE: LazyLock<Regex> = LazyLock::new(|| pattern(r"resource version: \d+, current: \d+"));
 
 /// The names that one side's uids and resource versions were given so far.
@@ -68,6 +69,11 @@ impl Renamed {
     }
 
     fn object(&mut self, object: &mut Map<String, Value>, key: &str, of_list: bool) {
+        settle_causes(object);
+        let fields = std::mem::take(object).into_iter();
+        *object = fields
+            .map(|(name, value)| (self.text(&name, "", false).unwrap_or(name), value))
+            .collect();
         let is_list = object.contains_key("items") || object.contains_key("rows");
         let is_bookmark = object.get("type").is_some_and(|kind| kind == "BOOKMARK");
         let generated = object
@@ -82,9 +88,10 @@ impl Renamed {
             };
             if let (true, "name", Some(prefix), Some(text)) =
                 (key == "metadata", name.as_str(), &generated, value.as_str())
-                && let Some(random) = text.strip_prefix(prefix.as_str())
+                && let Some(kept) = text.len().checked_sub(RANDOM).and_then(|at| text.get(..at))
+                && prefix.starts_with(kept)
             {
-                *value = json!(format!("{prefix}<{} random>", random.len()));
+                *value = json!(format!("{kept}<random>"));
                 continue;
             }
             self.value(value, name, inner_list || (key == "metadata" && of_list));
@@ -113,6 +120,9 @@ impl Renamed {
                     .replace_all(text, "resource version: <large>")
                     .into_owned(),
             ),
+            "message" if PRECONDITION.is_match(text) => {
+                Some(PRECONDITION.replace_all(text, "$1 (<revision>)").into_owned())
+            }
             _ if UID.is_match(text) => {
                 let renamed = UID.replace_all(text, |found: &regex::Captures<'_>| {
                     let next = self.uids.len() + 1;
@@ -123,6 +133,39 @@ impl Renamed {
             }
             _ => None,
         }
+    }
+}
+
+/// Letters that a server puts behind a `generateName`.
+const RANDOM: usize = 5;
+
+/// The server finds what is wrong in no order of its own, and some of it twice: in the list of causes as well as
+/// in the text that is made from it.
+fn settle_causes(status: &mut Map<String, Value>) {
+    let Some(causes) = status.get("details").and_then(|details| details.get("causes")) else {
+        return;
+    };
+    let mut causes = causes.as_array().cloned().unwrap_or_default();
+    causes.sort_by_key(Value::to_string);
+    causes.dedup();
+    let text = |cause: &Value, key: &str| {
+        cause
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let told: Vec<String> = causes
+        .iter()
+        .map(|cause| format!("{}: {}", text(cause, "field"), text(cause, "message")))
+        .collect();
+    let message = status.get("message").and_then(Value::as_str).unwrap_or_default();
+    if let Some((what, _)) = message.split_once(" is invalid: [") {
+        let settled = format!("{what} is invalid: [{}]", told.join(", "));
+        status.insert("message".to_owned(), json!(settled));
+    }
+    if let Some(details) = status.get_mut("details") {
+        details["causes"] = json!(causes);
     }
 }
 

@@ -350,6 +350,36 @@ pub(crate) fn apply(
     Ok(merged)
 }
 
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+
+/// Where kubectl noted what it applied by itself, the note follows what it applies through the server, so that
+/// it can go back.
+pub(crate) fn note_applied(merged: &mut Value, applied: &Value, writer: &Writer) {
+    fn sorted(value: &Value) -> Value {
+        match value {
+            Value::Object(fields) => {
+                let fields: std::collections::BTreeMap<_, _> = fields.iter().collect();
+                Value::Object(fields.into_iter().map(|(k, v)| (k.clone(), sorted(v))).collect())
+            }
+            Value::Array(items) => Value::Array(items.iter().map(sorted).collect()),
+            other => other.clone(),
+        }
+    }
+    let note = merged
+        .pointer_mut("/metadata/annotations")
+        .and_then(|all| all.get_mut(LAST_APPLIED));
+    if let (Some(note), "kubectl", "") = (note, writer.manager.as_str(), writer.subresource.as_str()) {
+        let mut applied = applied.clone();
+        if let Some(annotations) = applied
+            .pointer_mut("/metadata/annotations")
+            .and_then(Value::as_object_mut)
+        {
+            annotations.remove(LAST_APPLIED);
+        }
+        *note = json!(format!("{}\n", sorted(&applied)));
+    }
+}
+
 /// What kubectl applied by itself, and nobody changed since, kubectl may change through the server.
 fn taken_over_from_client_side_apply(schema: &Value, live: &Value, writer: &Writer) -> FieldSet {
     let annotation = live.pointer("/metadata/annotations/kubectl.kubernetes.io~1last-applied-configuration");

@@ -170,14 +170,13 @@ impl Registry {
         let name = match body.pointer("/metadata/name").and_then(Value::as_str) {
             Some(name) if !name.is_empty() => name.to_owned(),
             _ => metadata::generated_name(&body).ok_or_else(|| {
-                target.invalid(
-                    "",
-                    vec![Cause::new(
-                        "FieldValueRequired",
-                        "metadata.name",
-                        "Required value: name or generateName is required",
-                    )],
-                )
+                let message = "Required value: name or generateName is required";
+                let mut causes = vec![Cause::new("FieldValueRequired", "metadata.name", message)];
+                let schema = target.resource.schema.as_ref().filter(|_| target.resource.custom);
+                if let Some(schema) = schema {
+                    schema.validate(&body, None, "", &mut causes);
+                }
+                target.invalid("", causes)
             })?,
         };
         let target = Target {
@@ -354,6 +353,7 @@ impl Registry {
                     }
                     Some(old) => {
                         self.carry_over(target, &old, &mut merged);
+                        managed::note_applied(&mut merged, &stated, &writer);
                         self.finish(target, &mut merged, Some(&old))?;
                         self.put_if_changed(transaction, target, &old, merged, options.dry_run)
                     }

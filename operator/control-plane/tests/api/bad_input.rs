@@ -95,8 +95,8 @@ async fn bodies_that_are_not_what_they_should_be() {
         &api,
         post.clone(),
         widget(json!({"kind": "Gadget"})),
-        400,
-        "does not match the expected kind (Widget)",
+        422,
+        "kind: Invalid value: \"Gadget\": must be Widget",
     )
     .await;
     refused(
@@ -239,8 +239,8 @@ async fn patches_that_are_not_patches() {
         &api,
         patch(json),
         r#"[{"op":"fly","path":"/spec"}]"#,
-        400,
-        "error decoding patch",
+        422,
+        "the server rejected our request",
     )
     .await;
     refused(
@@ -310,7 +310,7 @@ async fn paths_and_parameters_that_nobody_serves() {
             "could not find the requested resource",
         ),
         ("/apis/other.example.com/v1".to_owned(), 404, "could not find"),
-        (format!("{WIDGETS}/w/scale"), 404, "could not find"),
+        (format!("{WIDGETS}/w/scale"), 404, "\"w\" not found"),
         (format!("{WIDGETS}/w/status/more"), 404, "could not find"),
         ("/apis/test.example.com/v1/widgets/w".to_owned(), 404, ""),
         (
