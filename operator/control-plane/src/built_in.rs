@@ -10,6 +10,7 @@ use schemars::generate::SchemaSettings;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::built_in_rules;
 use crate::error::ApiError;
 use crate::resource::Resource;
 use crate::schema::Structural;
@@ -58,6 +59,7 @@ pub(crate) fn check(resource: &Resource, object: &Value) -> Result<(), ApiError>
         _ => Ok(()),
     };
     let (kind, version) = (&resource.kind, &resource.version);
+    let outcome = outcome.and_then(|()| built_in_rules::micro_time(kind, object));
     outcome.map_err(|error| {
         ApiError::bad_request(format!(
             "{kind} in version {version:?} cannot be handled as a {kind}: {error}"

@@ -113,6 +113,28 @@ fn secret_type(object: &Value, old: Option<&Value>) -> Vec<Cause> {
     absent.map(cause).collect()
 }
 
+/// Whether a time is written with the six digits behind the second that the API server asks for.
+pub(crate) fn micro_time(kind: &str, object: &Value) -> Result<(), String> {
+    let pointers: &[&str] = match kind {
+        "Lease" => &["/spec/acquireTime", "/spec/renewTime"],
+        "Event" => &["/eventTime", "/series/lastObservedTime"],
+        _ => &[],
+    };
+    for pointer in pointers {
+        let Some(time) = object.pointer(pointer).and_then(Value::as_str) else {
+            continue;
+        };
+        let digits = time.split_once('.').map_or("", |(_, rest)| rest);
+        let digits = digits.bytes().take_while(u8::is_ascii_digit).count();
+        if digits != 6 || time.parse::<jiff::Timestamp>().is_err() {
+            return Err(format!(
+                "parsing time {time:?}: it must be written with six digits behind the second, as in 2006-01-02T15:04:05.000000Z"
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn lease(object: &Value) -> Vec<Cause> {
     let number = |field: &str| object.pointer(&format!("/spec/{field}")).and_then(Value::as_i64);
     let mut causes = Vec::new();

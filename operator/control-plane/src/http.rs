@@ -21,6 +21,7 @@ use crate::error::ApiError;
 use crate::listing;
 use crate::options;
 use crate::registry::{Patch, Registry, Target, WriteOptions, Written};
+use crate::scale;
 use crate::selector::Selector;
 use crate::table;
 use crate::watch::{View, WatchOptions, watch};
@@ -179,7 +180,13 @@ impl Api {
             .resources
             .get(path.resource)
             .ok_or_else(ApiError::no_resource)?;
-        if !path.subresource.is_empty() && !(path.subresource == "status" && resource.status_subresource) {
+        let served = match path.subresource.as_str() {
+            "" => true,
+            "status" => resource.status_subresource,
+            "scale" => resource.scale.is_some(),
+            _ => false,
+        };
+        if !served {
             let missing = ApiError::not_found(&resource.group, &resource.plural, &path.name);
             return Err(if resource.custom {
                 missing
@@ -269,6 +276,9 @@ impl Api {
             return Ok(json_response(StatusCode::OK, &list));
         }
         let object = listing::get(&self.registry, resource, &path.namespace, &path.name)?;
+        if let (Some(scale), "scale") = (&resource.scale, path.subresource.as_str()) {
+            return Ok(json_response(StatusCode::OK, &scale.of(&object)));
+        }
         Ok(json_response(StatusCode::OK, &shown(resource, &object, &view)))
     }
 
@@ -367,6 +377,14 @@ fn perform(
         document: Value::Null,
         warnings: written.warnings,
     };
+    if let (Some(scale), "scale") = (&target.resource.scale, target.subresource) {
+        return Ok(Outcome {
+            code: StatusCode::OK,
+            object: None,
+            document: scale::write(registry, target, scale, action, options)?,
+            warnings: Vec::new(),
+        });
+    }
     match action {
         Action::Create(body) => registry.create(target, body, options).map(written),
         Action::Update(body) => registry.update(target, body, options).map(written),

@@ -31,6 +31,7 @@ mod protobuf;
 mod registry;
 mod removal;
 mod resource;
+mod scale;
 mod schema;
 mod selector;
 mod server;

@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Value, json};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Cause};
 use crate::http::parse_revision;
 use crate::registry::Registry;
 use crate::resource::Resource;
@@ -69,6 +69,7 @@ pub(crate) fn list(
         .transpose()?
         .and_then(|limit| usize::try_from(limit).ok());
     let after = get("continue").map(read_token).transpose()?;
+    check_options(&get, after.is_some())?;
     let exact = (get("resourceVersionMatch") == Some("Exact"))
         .then(|| get("resourceVersion").map(parse_revision))
         .flatten()
@@ -113,6 +114,49 @@ pub(crate) fn list(
         }),
         View::Table(include) => table::table(resource, &items.iter().collect::<Vec<_>>(), metadata, include),
     })
+}
+
+/// Options that do not go together are refused, as the API server does.
+fn check_options<'a>(get: &impl Fn(&str) -> Option<&'a str>, continues: bool) -> Result<(), ApiError> {
+    let (version, matching) = (get("resourceVersion"), get("resourceVersionMatch"));
+    let forbidden =
+        |at: &'static str, why: &str| Cause::new("FieldValueForbidden", at, format!("Forbidden: {why}"));
+    let at = "resourceVersionMatch";
+    let mut causes = Vec::new();
+    match (matching, version) {
+        (Some(_), _) if continues => causes.push(forbidden(
+            at,
+            "resourceVersionMatch is forbidden when continue is provided",
+        )),
+        (Some(_), None) if get("sendInitialEvents").is_none() => {
+            causes.push(forbidden(
+                at,
+                "resourceVersionMatch is forbidden unless resourceVersion is provided",
+            ));
+        }
+        (Some("Exact"), Some("0")) => {
+            causes.push(forbidden(
+                at,
+                "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"",
+            ));
+        }
+        (None | Some("Exact" | "NotOlderThan"), _) => {}
+        (Some(other), _) => {
+            let message =
+                format!("Unsupported value: {other:?}: supported values: \"Exact\", \"NotOlderThan\", \"\"");
+            causes.push(Cause::new("FieldValueNotSupported", at, message));
+        }
+    }
+    if get("sendInitialEvents").is_some() {
+        causes.push(forbidden(
+            "sendInitialEvents",
+            "sendInitialEvents is forbidden for list",
+        ));
+    }
+    if !causes.is_empty() {
+        return Err(ApiError::invalid("meta.k8s.io", "ListOptions", "", causes));
+    }
+    version.map(parse_revision).transpose().map(drop)
 }
 
 pub(crate) type Snapshot = (Vec<(Key, Arc<Value>)>, u64);

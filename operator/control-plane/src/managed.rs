@@ -261,6 +261,20 @@ pub(crate) fn check_types(schema: &Value, applied: &Value) -> Result<(), ApiErro
     typed::check(schema, applied).map_err(|why| untyped(applied, &why))
 }
 
+/// `live`, whose fields belong to a manager of this name where nobody's ownership was recorded before.
+pub(crate) fn with_first_owner(schema: &Value, empty: &Value, live: &Value, writer: &Writer) -> Value {
+    let mut owned = live.clone();
+    if live.pointer("/metadata/managedFields").is_none() {
+        let first = Writer {
+            manager: "before-first-apply".to_owned(),
+            subresource: String::new(),
+            ..writer.clone()
+        };
+        record_update(schema, false, empty, &mut owned, &first);
+    }
+    owned
+}
+
 /// Server-side apply: `applied` laid over `live`, as its manager's whole intent.
 ///
 /// # Errors
@@ -276,25 +290,6 @@ pub(crate) fn apply(
     let intent = strip(fields_of(Some(schema), &without_managed_fields(applied)), writer);
     let mut merged = merge(Some(schema), &base, &without_managed_fields(applied));
     let mut entries = entries(&base);
-    if let (true, Some(live)) = (entries.is_empty(), live) {
-        // What was there before anybody's ownership was recorded belongs to a manager of this name.
-        let set = strip(
-            fields_of(Some(schema), &without_managed_fields(live)),
-            &Writer {
-                subresource: String::new(),
-                ..writer.clone()
-            },
-        );
-        entries.push(Entry {
-            manager: "before-first-apply".to_owned(),
-            operation: "Update".to_owned(),
-            api_version: writer.api_version.clone(),
-            subresource: String::new(),
-            time: json!(writer.now),
-            set,
-        });
-    }
-
     let previous = entries.iter().find(|entry| entry.is(writer, "Apply"));
     if let Some(previous) = previous.map(|entry| entry.set.clone()) {
         let mut owned = fields_of(Some(schema), applied);

@@ -335,7 +335,11 @@ impl Registry {
                     Some(old) => self.check_preconditions(target, old, &body)?,
                     None => check_no_uid(target, &body)?,
                 }
-                let mut merged = managed::apply(&schema, old.as_deref(), &body, &writer, options.force)?;
+                let empty = built_in::empty(&target.resource.kind);
+                let owned = old
+                    .as_deref()
+                    .map(|old| managed::with_first_owner(&schema, &empty, old, &writer));
+                let mut merged = managed::apply(&schema, owned.as_ref(), &body, &writer, options.force)?;
                 merged["apiVersion"] = json!(target.resource.api_version());
                 merged["kind"] = json!(target.resource.kind);
                 let object = match old {
@@ -493,7 +497,10 @@ impl Registry {
 
     /// Ownership is recorded in the terms of the door through which the write came.
     fn record(&self, target: Target<'_>, old: Option<&Value>, new: &mut Value, options: &WriteOptions) {
-        let schema = schema_with_metadata(target.resource.schema.as_ref().map(|s| s.schema()));
+        let mut schema = schema_with_metadata(target.resource.schema.as_ref().map(|s| s.schema()));
+        if target.resource.group == "events.k8s.io" {
+            schema = events::schema_from_core(schema);
+        }
         let empty = built_in::empty(&target.resource.kind);
         let mut shown = Self::served(target.resource, new);
         let before = Self::served(target.resource, old.unwrap_or(&empty));
@@ -571,7 +578,7 @@ impl Registry {
     }
 
     /// Puts a changed object in place of `old`.
-    fn replace(
+    pub(crate) fn replace(
         &self,
         transaction: &mut Transaction<'_>,
         target: Target<'_>,
@@ -588,25 +595,21 @@ impl Registry {
     }
 
     fn check_preconditions(&self, target: Target<'_>, old: &Value, body: &Value) -> Result<(), ApiError> {
-        for (field, why) in [
-            (
-                "/metadata/uid",
-                "Precondition failed: UID in precondition differs from UID in object meta",
-            ),
-            (
-                "/metadata/resourceVersion",
+        let text = |object: &'_ Value, field: &str| -> String {
+            let text = object.pointer(field).and_then(Value::as_str);
+            text.unwrap_or_default().to_owned()
+        };
+        let (wanted, found) = (text(body, "/metadata/uid"), text(old, "/metadata/uid"));
+        if !wanted.is_empty() && wanted != found {
+            return Err(target.conflict(&format!(
+                "Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}"
+            )));
+        }
+        let wanted = text(body, "/metadata/resourceVersion");
+        if !wanted.is_empty() && wanted != text(old, "/metadata/resourceVersion") {
+            return Err(target.conflict(
                 "the object has been modified; please apply your changes to the latest version and try again",
-            ),
-        ] {
-            let wanted = body
-                .pointer(field)
-                .and_then(Value::as_str)
-                .filter(|text| !text.is_empty());
-            if let Some(wanted) = wanted
-                && old.pointer(field).and_then(Value::as_str) != Some(wanted)
-            {
-                return Err(target.conflict(why));
-            }
+            ));
         }
         Ok(())
     }

@@ -208,6 +208,10 @@ fn default(schema: &Value, value: &mut Value) {
             }
             if let Some(additional) = schema.get("additionalProperties").filter(|a| a.is_object()) {
                 let known = schema.get("properties").and_then(Value::as_object);
+                let nullable = flag(additional, "nullable");
+                object.retain(|key, value| {
+                    nullable || !value.is_null() || known.is_some_and(|known| known.contains_key(key))
+                });
                 for (key, value) in object.iter_mut() {
                     if known.is_none_or(|k| !k.contains_key(key)) {
                         default(additional, value);

@@ -19,6 +19,9 @@ fn described(resource: &Resource, column: &Column) -> String {
             column.path
         );
     }
+    if column.path == ".metadata.name" {
+        return NAME.to_owned();
+    }
     if column.path == ".metadata.creationTimestamp" {
         return CREATED.to_owned();
     }
@@ -47,7 +50,8 @@ pub(crate) fn table(resource: &Resource, objects: &[&Value], metadata: Value, in
     }
     definitions.extend(resource.columns.iter().map(|column| {
         json!({
-            "name": column.name, "type": if resource.custom { &column.kind } else { "string" }, "format": "", "priority": column.priority,
+            "name": column.name, "type": if resource.custom || resource.kind == DEFINITION { &column.kind } else { "string" },
+            "format": if column.path == ".metadata.name" { "name" } else { "" }, "priority": column.priority,
             "description": described(resource, column),
         })
     }));
@@ -68,7 +72,15 @@ fn row(resource: &Resource, object: &Value, include_object: &str) -> Value {
     } else {
         Vec::new()
     };
-    cells.extend(resource.columns.iter().map(|column| cell(column, object)));
+    // Events are printed in their older form, whichever group is asked.
+    let core = (resource.group == "events.k8s.io").then(|| crate::events::to_core(object));
+    let object = core.as_ref().unwrap_or(object);
+    cells.extend(
+        resource
+            .columns
+            .iter()
+            .map(|column| cell(column, object, resource.custom)),
+    );
     let mut row = json!({"cells": cells});
     let attached = match include_object {
         "None" => Some(Value::Null),
@@ -89,11 +101,30 @@ pub(crate) fn partial(object: &Value) -> Value {
     })
 }
 
-fn cell(column: &Column, object: &Value) -> Value {
-    let involved = |key: &str| {
-        let reference = object.get(key).unwrap_or(&Value::Null);
-        let text = |name: &str| reference.get(name).and_then(Value::as_str).unwrap_or_default();
-        json!(format!("{}/{}", text("kind").to_lowercase(), text("name")))
+/// Definitions of kinds are listed by a printer of their own, which shows times as they are.
+const DEFINITION: &str = "CustomResourceDefinition";
+const UNKNOWN: &str = "<unknown>";
+
+/// How long ago the first of these times is that is there.
+fn seen(object: &Value, pointers: &[&str]) -> String {
+    let time = pointers
+        .iter()
+        .find_map(|pointer| object.pointer(pointer)?.as_str());
+    time.map_or(UNKNOWN.to_owned(), |time| age(time, jiff::Timestamp::now()))
+}
+
+fn cell(column: &Column, object: &Value, custom: bool) -> Value {
+    let text = |pointer: &str| {
+        object
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    };
+    let first = || {
+        seen(
+            object,
+            &["/firstTimestamp", "/deprecatedFirstTimestamp", "/eventTime"],
+        )
     };
     let value = match column.path.as_str() {
         "@dataCount" => {
@@ -105,19 +136,51 @@ fn cell(column: &Column, object: &Value) -> Value {
             };
             return json!(count("data") + count("binaryData"));
         }
-        "@involvedObject" => return involved("involvedObject"),
-        "@regarding" => return involved("regarding"),
-        "@lastSeen" => [
-            "/series/lastObservedTime",
-            "/lastTimestamp",
-            "/eventTime",
-            "/deprecatedLastTimestamp",
-            "/metadata/creationTimestamp",
-        ]
-        .iter()
-        .find_map(|pointer| object.pointer(pointer).filter(|value| value.is_string())),
+        "@involvedObject" => {
+            let (kind, name) = (text("/involvedObject/kind"), text("/involvedObject/name"));
+            return json!(format!("{}/{name}", kind.to_lowercase()));
+        }
+        "@source" => {
+            let either = |one: &str, other: &str| {
+                if one.is_empty() {
+                    other.to_owned()
+                } else {
+                    one.to_owned()
+                }
+            };
+            let parts = [
+                either(text("/source/component"), text("/reportingComponent")),
+                either(text("/source/host"), text("/reportingInstance")),
+            ];
+            let parts: Vec<&str> = parts
+                .iter()
+                .map(String::as_str)
+                .filter(|part| !part.is_empty())
+                .collect();
+            return json!(parts.join(", "));
+        }
+        "@count" => {
+            let count = |pointer: &str| {
+                object
+                    .pointer(pointer)
+                    .and_then(Value::as_i64)
+                    .filter(|count| *count > 0)
+            };
+            return json!(count("/series/count").or(count("/count")).unwrap_or(1));
+        }
+        "@firstSeen" => return json!(first()),
+        "@lastSeen" => {
+            let last = seen(object, &["/series/lastObservedTime", "/lastTimestamp"]);
+            return json!(if last == UNKNOWN { first() } else { last });
+        }
         path => lookup(object, path),
     };
+    if !custom && column.name == "Created At" {
+        return value.cloned().unwrap_or_default();
+    }
+    if !custom && column.kind == "string" {
+        return json!(value.map(show).unwrap_or_default().trim());
+    }
     let Some(value) = value else { return Value::Null };
     match column.kind.as_str() {
         "string" => json!(show(value)),
@@ -197,7 +260,11 @@ mod tests {
             ("date", ".a.time", json!("<invalid>")),
             ("date", ".a.whole", Value::Null),
         ] {
-            assert_eq!(cell(&column(kind, path), &object), cell_value, "{kind} at {path}");
+            assert_eq!(
+                cell(&column(kind, path), &object, true),
+                cell_value,
+                "{kind} at {path}"
+            );
         }
     }
 

@@ -15,5 +15,6 @@
 )]
 
 mod both;
+mod random;
 mod script;
 mod scripted;
