@@ -20,6 +20,7 @@ fn pattern(text: &str) -> Regex {
 static UID: LazyLock<Regex> =
     LazyLock::new(|| pattern("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"));
 static AGE: LazyLock<Regex> = LazyLock::new(|| pattern("^([0-9]+[smhdy]){1,2}$"));
+static TIME: LazyLock<Regex> = LazyLock::new(|| pattern("^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}Z$"));
 static TOO_OLD: LazyLock<Regex> = LazyLock::new(|| pattern(r"resource version: \d+ \(\d+\)"));
 static PRECONDITION: LazyLock<Regex> = LazyLock::new(|| pattern(r"(precondition|record) \(\d+\)"));
 static TOO_LARGE: LazyLock<Regex> = LazyLock::new(|| pattern(r"resource version: \d+, current: \d+"));
@@ -111,6 +112,7 @@ impl Renamed {
                 Some("<time>".to_owned())
             }
             "continue" if !text.is_empty() => Some("<token>".to_owned()),
+            "cells" if TIME.is_match(text) => Some("<time>".to_owned()),
             "cells" if AGE.is_match(text) => Some("<age>".to_owned()),
             "message" if TOO_OLD.is_match(text) => {
                 Some(TOO_OLD.replace_all(text, "resource version: <old>").into_owned())

@@ -144,22 +144,36 @@ pub(crate) fn default(resource: &Resource, object: &mut Value, old: Option<&Valu
     tidy(&resource.kind, object);
 }
 
-/// Texts by key that are null are empty, and maps without an entry are not shown.
-fn tidy(kind: &str, object: &mut Value) {
-    let maps: &[&str] = match kind {
+fn maps(kind: &str) -> &'static [&'static str] {
+    match kind {
         "ConfigMap" => &["data", "binaryData"],
         "Secret" => &["data"],
         _ => &[],
+    }
+}
+
+/// Texts by key that are null are empty.
+pub(crate) fn fill_nulls(resource: &Resource, object: &mut Value) {
+    let maps = if resource.custom {
+        &[]
+    } else {
+        maps(&resource.kind)
     };
     for map in maps {
+        let entries = object.get_mut(*map).and_then(Value::as_object_mut);
+        let values = entries.into_iter().flat_map(serde_json::Map::values_mut);
+        for value in values.filter(|value| value.is_null()) {
+            *value = json!("");
+        }
+    }
+}
+
+/// Maps without an entry are not shown.
+fn tidy(kind: &str, object: &mut Value) {
+    for map in maps(kind) {
         let Some(found) = object.get_mut(*map) else {
             continue;
         };
-        if let Some(entries) = found.as_object_mut() {
-            for value in entries.values_mut().filter(|value| value.is_null()) {
-                *value = json!("");
-            }
-        }
         let bare = found.is_null() || found.as_object().is_some_and(serde_json::Map::is_empty);
         if let (true, Some(fields)) = (bare, object.as_object_mut()) {
             fields.remove(*map);

@@ -243,6 +243,7 @@ impl Api {
         let selector = Selector::parse(resource, get("labelSelector"), get("fieldSelector"))?;
         // An object that is named by its path is read and not watched, as in the API server.
         if flag("watch") && path.name.is_empty() {
+            listing::check_options(&get, false)?;
             let after = match get("resourceVersion") {
                 None | Some("0") => None,
                 Some(text) => Some(parse_revision(text)?),

@@ -117,12 +117,40 @@ pub(crate) fn list(
 }
 
 /// Options that do not go together are refused, as the API server does.
-fn check_options<'a>(get: &impl Fn(&str) -> Option<&'a str>, continues: bool) -> Result<(), ApiError> {
+pub(crate) fn check_options<'a>(
+    get: &impl Fn(&str) -> Option<&'a str>,
+    continues: bool,
+) -> Result<(), ApiError> {
     let (version, matching) = (get("resourceVersion"), get("resourceVersionMatch"));
     let forbidden =
         |at: &'static str, why: &str| Cause::new("FieldValueForbidden", at, format!("Forbidden: {why}"));
     let at = "resourceVersionMatch";
     let mut causes = Vec::new();
+    let watched = matches!(get("watch"), Some("true" | "1"));
+    if watched {
+        let initial = get("sendInitialEvents").is_some();
+        match matching {
+            Some("NotOlderThan") if initial => {}
+            None if !initial => {}
+            Some(_) if !initial => causes.push(forbidden(
+                at,
+                "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+            )),
+            _ => causes.push(forbidden(
+                at,
+                "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
+            )),
+        }
+        if let (Some(other), true) = (matching.filter(|matching| *matching != "NotOlderThan"), initial) {
+            let message = format!("Unsupported value: {other:?}: supported values: \"NotOlderThan\"");
+            causes.push(Cause::new("FieldValueNotSupported", at, message));
+        }
+        return if causes.is_empty() {
+            Ok(())
+        } else {
+            Err(ApiError::invalid("meta.k8s.io", "ListOptions", "", causes))
+        };
+    }
     match (matching, version) {
         (Some(_), _) if continues => causes.push(forbidden(
             at,

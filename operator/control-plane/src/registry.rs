@@ -190,7 +190,11 @@ impl Registry {
             !options.dry_run,
             |transaction| {
                 self.check_namespace(transaction, target)?;
-                if let Some(present) = transaction.get(&target.key()) {
+                let present = transaction.get(&target.key());
+                let versioned = revision_of(&body).is_some();
+                // What is wrong with the object is told first; nothing is kept of it then.
+                let object = self.insert(transaction, target, body, options, None)?;
+                if let Some(present) = present {
                     let (group, plural) = (&target.resource.group, &target.resource.plural);
                     let mut error = ApiError::already_exists(group, plural, &name);
                     if present.pointer("/metadata/deletionTimestamp").is_some() {
@@ -198,14 +202,13 @@ impl Registry {
                     }
                     return Err(error);
                 }
-                if revision_of(&body).is_some() {
+                if versioned {
                     return Err(ApiError::new(
                         http::StatusCode::INTERNAL_SERVER_ERROR,
                         "",
                         "resourceVersion should not be set on objects to be created",
                     ));
                 }
-                let object = self.insert(transaction, target, body, options, None)?;
                 Ok(Written {
                     object,
                     created: true,
@@ -406,6 +409,7 @@ impl Registry {
             metadata.remove("namespace");
         }
         metadata::check_types(&body)?;
+        built_in::fill_nulls(resource, &mut body);
         built_in::fold_string_data(resource, &mut body);
         Ok(if resource.group == "events.k8s.io" {
             events::to_core(&body)

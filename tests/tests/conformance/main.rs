@@ -15,6 +15,7 @@
 )]
 
 mod both;
+mod commands;
 mod random;
 mod script;
 mod scripted;

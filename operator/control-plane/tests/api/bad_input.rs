@@ -104,7 +104,7 @@ async fn bodies_that_are_not_what_they_should_be() {
         post.clone(),
         widget(json!({"apiVersion": "v2"})),
         400,
-        "does not match the expected apiVersion",
+        "does not match the expected API version",
     )
     .await;
     refused(
@@ -212,7 +212,15 @@ async fn bodies_that_are_not_what_they_should_be() {
 async fn patches_that_are_not_patches() {
     let api = in_memory();
     let path = format!("{WIDGETS}/w");
-    let patch = |kind: &'static str| (Method::PATCH, path.as_str(), kind);
+    let managed = format!("{path}?fieldManager=me");
+    let patch = |kind: &'static str| {
+        let applies = kind == "application/apply-patch+yaml";
+        (
+            Method::PATCH,
+            if applies { managed.as_str() } else { path.as_str() },
+            kind,
+        )
+    };
     let (json, merge, apply) = (
         "application/json-patch+json",
         "application/merge-patch+json",
@@ -261,6 +269,8 @@ async fn patches_that_are_not_patches() {
     .await;
     refused(&api, patch(merge), "[]", 400, "the body must be a Widget object").await;
     refused(&api, patch(merge), r#"{"metadata":{"name":"other"}}"#, 400, "").await;
+    let unmanaged = (Method::PATCH, path.as_str(), apply);
+    refused(&api, unmanaged, "{}", 422, "is required for apply patch").await;
     refused(&api, patch(apply), "a: [", 400, "the body is not valid YAML").await;
     refused(
         &api,
@@ -328,7 +338,7 @@ async fn paths_and_parameters_that_nobody_serves() {
             400,
             "field label not supported: spec.size",
         ),
-        (format!("{WIDGETS}?limit=-1"), 400, "limit"),
+        (format!("{WIDGETS}?limit=many"), 400, "limit"),
         (format!("{WIDGETS}?limit=99999999999999999999999"), 400, "limit"),
         (
             format!("{WIDGETS}?watch=true&resourceVersion=x"),
