@@ -71,7 +71,7 @@ async fn works_and_rests(storage: Storage) {
     until(&nodes, "machine", "told its inventory", |node: &InferenceNode| {
         node.status
             .as_ref()
-            .is_some_and(|status| status.inventory.is_some())
+            .is_some_and(|status| status.inventory.memory_bytes > 0)
     })
     .await;
     // A file that is not there: the agent says so, the deployment tells why, and all of it comes to rest.

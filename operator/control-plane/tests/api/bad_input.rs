@@ -362,14 +362,21 @@ async fn paths_and_parameters_that_nobody_serves() {
         &format!("fieldManager={}", "m".repeat(129)),
     ] {
         let path = format!("{WIDGETS}?{query}");
-        refused(&api, (Method::POST, &path, "application/json"), body(), 400, "").await;
+        refused(
+            &api,
+            (Method::POST, &path, "application/json"),
+            body(),
+            422,
+            "CreateOptions",
+        )
+        .await;
     }
     let wrong = refused(
         &api,
         (Method::PUT, WIDGETS, "application/json"),
         body(),
-        405,
-        "does not allow this method",
+        400,
+        "name must be provided",
     );
     wrong.await;
     refused(
@@ -394,7 +401,7 @@ async fn paths_and_parameters_that_nobody_serves() {
         &*format!("{WIDGETS}/w/status"),
         "application/json",
     );
-    refused(&api, status, "", 404, "").await;
+    refused(&api, status, "", 405, "delete is not supported").await;
 }
 
 /// Time stands still but for the waiting.
