@@ -93,7 +93,7 @@ fn default_success_threshold() -> u32 {
 /// One check: a name and exactly one of the checks below.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("[has(self.progress), has(self.inference), has(self.tokensPerSecond), has(self.latency), has(self.device), has(self.memory), has(self.temperature), has(self.disk)].filter(set, set).size() == 1").message("a check needs exactly one of progress, inference, tokensPerSecond, latency, device, memory, temperature or disk"))]
+#[x_kube(validation = Rule::new("(has(self.progress) ? 1 : 0) + (has(self.inference) ? 1 : 0) + (has(self.tokensPerSecond) ? 1 : 0) + (has(self.latency) ? 1 : 0) + (has(self.device) ? 1 : 0) + (has(self.memory) ? 1 : 0) + (has(self.temperature) ? 1 : 0) + (has(self.disk) ? 1 : 0) == 1").message("a check needs exactly one of progress, inference, tokensPerSecond, latency, device, memory, temperature or disk"))]
 pub struct Check {
     /// Name of the check, in results.
     #[schemars(length(min = 1, max = 63))]

@@ -62,6 +62,8 @@ use crate::model_deployment::{Activation, EngineSettings, ModelFacts, ModelSourc
 pub struct InferenceNodeSpec {
     /// The models that this machine holds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    // The API server asks what the rules inside may cost at most, and refuses a kind without a bound here.
+    #[schemars(length(max = 1024))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub assignments: Vec<Assignment>,
     /// The rules that its gateway and store hold.
@@ -70,6 +72,8 @@ pub struct InferenceNodeSpec {
     pub policies: Vec<CompiledPolicy>,
     /// The probes that it runs on those models.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    // The API server asks what the rules inside may cost at most, and refuses a kind without a bound here.
+    #[schemars(length(max = 1024))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub probes: Vec<CompiledProbe>,
     /// The names that its gateway answers to.

@@ -55,7 +55,7 @@ use crate::common::{Device, KvType, Quantity, Violation};
     ),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
-#[x_kube(validation = Rule::new("[has(self.model), has(self.variants), has(self.external)].filter(set, set).size() == 1").message("spec needs exactly one of model, variants or external"))]
+#[x_kube(validation = Rule::new("(has(self.model) ? 1 : 0) + (has(self.variants) ? 1 : 0) + (has(self.external) ? 1 : 0) == 1").message("spec needs exactly one of model, variants or external"))]
 #[x_kube(validation = Rule::new("!has(self.rollout) || !has(self.rollout.strategy) || self.rollout.strategy != 'Surge' || !has(self.placement) || !has(self.placement.surge) || self.placement.surge").message("spec.rollout.strategy Surge needs memory for two revisions, and spec.placement.surge is false: use strategy Replace"))]
 #[x_kube(validation = Rule::new("!has(self.external) || !has(self.activation) || !has(self.activation.mode) || self.activation.mode == 'Always'").message("spec.activation.mode must be Always for an external model: there is nothing to unload"))]
 pub struct ModelDeploymentSpec {
@@ -123,7 +123,7 @@ fn one() -> u32 {
 /// `huggingFace`, `oci` and `persistentVolumeClaim` is set.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("[has(self.path), has(self.url), has(self.huggingFace), has(self.oci), has(self.persistentVolumeClaim)].filter(set, set).size() == 1").message("a model needs exactly one source: path, url, huggingFace, oci or persistentVolumeClaim"))]
+#[x_kube(validation = Rule::new("(has(self.path) ? 1 : 0) + (has(self.url) ? 1 : 0) + (has(self.huggingFace) ? 1 : 0) + (has(self.oci) ? 1 : 0) + (has(self.persistentVolumeClaim) ? 1 : 0) == 1").message("a model needs exactly one source: path, url, huggingFace, oci or persistentVolumeClaim"))]
 pub struct ModelSource {
     /// An absolute path on the machine that runs the model: a GGUF file, or a folder with
     /// `model.safetensors`, `config.json` and `tokenizer.json`. It is read in place, not copied.

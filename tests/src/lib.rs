@@ -1,1 +1,11 @@
 //! Suites that cross crates live in `tests/`; see `tests/run` for what they need and how they start.
+//!
+//! This library is their harness: a real kube-apiserver over etcd or kine, the embedded control plane beside
+//! it, and one way to speak to both. Start reading at [`api_server::ApiServer`]; [`exchange`] is a request and
+//! its answer, [`likeness`] says whether two answers are the same.
+
+pub mod api_server;
+pub mod child;
+pub mod exchange;
+pub mod likeness;
+pub mod parts;

@@ -10,6 +10,7 @@ use schemars::generate::SchemaSettings;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::built_in_rules;
 use crate::error::ApiError;
 use crate::resource::Resource;
 use crate::schema::Structural;
@@ -33,6 +34,12 @@ fn structural<T: JsonSchema>() -> Option<Structural> {
     // Metadata is described once, for every kind; see `discovery`.
     schema.get_mut("properties")?.as_object_mut()?.remove("metadata");
     schema.as_object_mut()?.remove("$schema");
+    // A reference to an object is one value; the generated schema does not say so.
+    for reference in ["involvedObject", "related", "regarding"] {
+        if let Some(found) = schema.pointer_mut(&format!("/properties/{reference}")) {
+            found["x-kubernetes-map-type"] = json!("atomic");
+        }
+    }
     Some(Structural::new(schema))
 }
 
@@ -52,6 +59,7 @@ pub(crate) fn check(resource: &Resource, object: &Value) -> Result<(), ApiError>
         _ => Ok(()),
     };
     let (kind, version) = (&resource.kind, &resource.version);
+    let outcome = outcome.and_then(|()| built_in_rules::micro_time(kind, object));
     outcome.map_err(|error| {
         ApiError::bad_request(format!(
             "{kind} in version {version:?} cannot be handled as a {kind}: {error}"
@@ -88,12 +96,88 @@ pub(crate) fn fold_string_data(resource: &Resource, object: &mut Value) {
     }
 }
 
-/// What a new object gets where it says nothing.
-pub(crate) fn default(resource: &Resource, object: &mut Value) {
-    if resource.kind == "Secret"
-        && let Some(secret) = object.as_object_mut()
-    {
-        secret.entry("type").or_insert_with(|| json!("Opaque"));
+/// An object of the kind with nothing in it: what the kind's type shows even then. Nobody owns these fields.
+pub(crate) fn empty(kind: &str) -> Value {
+    match kind {
+        "Lease" => json!({"spec": {}}),
+        "Event" => json!({
+            "involvedObject": {}, "source": {}, "firstTimestamp": null, "lastTimestamp": null, "eventTime": null,
+            "reportingComponent": "", "reportingInstance": "",
+        }),
+        "Namespace" => json!({"spec": {}, "status": {}}),
+        _ => json!({}),
+    }
+}
+
+/// What an object gets where it says nothing, and what no client can change.
+pub(crate) fn default(resource: &Resource, object: &mut Value, old: Option<&Value>) {
+    if resource.custom {
+        return;
+    }
+    let name = object.pointer("/metadata/name").cloned().unwrap_or_default();
+    let Some(fields) = object.as_object_mut() else {
+        return;
+    };
+    if let Value::Object(empty) = empty(&resource.kind) {
+        for (key, value) in empty {
+            let present = fields.entry(key).or_insert_with(|| value.clone());
+            if present.is_null() {
+                *present = value;
+            }
+        }
+    }
+    match resource.kind.as_str() {
+        "Secret" => {
+            fields.entry("type").or_insert_with(|| json!("Opaque"));
+        }
+        "Namespace" => {
+            if let Some(spec) = old.and_then(|old| old.get("spec")) {
+                fields.insert("spec".to_owned(), spec.clone());
+            }
+            json_patch::merge(
+                object,
+                &json!({"metadata": {"labels": {"kubernetes.io/metadata.name": name}}}),
+            );
+        }
+        _ => {}
+    }
+    tidy(&resource.kind, object);
+}
+
+fn maps(kind: &str) -> &'static [&'static str] {
+    match kind {
+        "ConfigMap" => &["data", "binaryData"],
+        "Secret" => &["data"],
+        _ => &[],
+    }
+}
+
+/// Texts by key that are null are empty.
+pub(crate) fn fill_nulls(resource: &Resource, object: &mut Value) {
+    let maps = if resource.custom {
+        &[]
+    } else {
+        maps(&resource.kind)
+    };
+    for map in maps {
+        let entries = object.get_mut(*map).and_then(Value::as_object_mut);
+        let values = entries.into_iter().flat_map(serde_json::Map::values_mut);
+        for value in values.filter(|value| value.is_null()) {
+            *value = json!("");
+        }
+    }
+}
+
+/// Maps without an entry are not shown.
+fn tidy(kind: &str, object: &mut Value) {
+    for map in maps(kind) {
+        let Some(found) = object.get_mut(*map) else {
+            continue;
+        };
+        let bare = found.is_null() || found.as_object().is_some_and(serde_json::Map::is_empty);
+        if let (true, Some(fields)) = (bare, object.as_object_mut()) {
+            fields.remove(*map);
+        }
     }
 }
 

@@ -76,6 +76,12 @@ pub(crate) fn resource_list(resources: &[Resource], group: &str, version: &str) 
                 "kind": resource.kind, "verbs": ["get", "patch", "update"],
             }));
         }
+        if resource.scale.is_some() {
+            list.push(json!({
+                "name": format!("{}/scale", resource.plural), "singularName": "", "namespaced": resource.namespaced,
+                "group": "autoscaling", "version": "v1", "kind": "Scale", "verbs": ["get", "patch", "update"],
+            }));
+        }
     }
     let group_version = if group.is_empty() {
         version.to_owned()

@@ -3,6 +3,8 @@
 use http::StatusCode;
 use serde_json::{Value, json};
 
+use crate::resource::Resource;
+
 /// One cause of an invalid object, as in `Status.details.causes`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Cause {
@@ -46,7 +48,7 @@ impl ApiError {
         }
     }
 
-    fn about(mut self, group: &str, kind: &str, name: &str) -> Self {
+    pub(crate) fn about(mut self, group: &str, kind: &str, name: &str) -> Self {
         self.details = Some((group.to_owned(), kind.to_owned(), name.to_owned()));
         self
     }
@@ -59,7 +61,22 @@ impl ApiError {
     /// No such path.
     pub(crate) fn no_resource() -> Self {
         let message = "the server could not find the requested resource";
-        Self::new(StatusCode::NOT_FOUND, "NotFound", message)
+        Self::new(StatusCode::NOT_FOUND, "NotFound", message).about("", "", "")
+    }
+
+    /// A method that a subresource does not have.
+    pub(crate) fn not_supported(resource: &Resource, method: &http::Method) -> Self {
+        let verb = if *method == http::Method::POST {
+            "create"
+        } else {
+            "delete"
+        };
+        let (group, plural) = (&resource.group, &resource.plural);
+        let message = format!(
+            "{verb} is not supported on resources of kind {:?}",
+            qualified(group, plural)
+        );
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", message).about(group, plural, "")
     }
 
     pub(crate) fn already_exists(group: &str, resource: &str, name: &str) -> Self {
@@ -100,18 +117,19 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized")
     }
 
-    pub(crate) fn forbidden(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::FORBIDDEN, "Forbidden", message)
+    pub(crate) fn forbidden(group: &str, resource: &str, name: &str, why: &str) -> Self {
+        let message = format!("{} {name:?} is forbidden: {why}", qualified(group, resource));
+        Self::new(StatusCode::FORBIDDEN, "Forbidden", message).about(group, resource, name)
     }
 
     pub(crate) fn method_not_allowed() -> Self {
         let message = "the server does not allow this method on the requested resource";
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", message)
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", message).about("", "", "")
     }
 
-    pub(crate) fn unsupported_media_type(found: &str, allowed: &str) -> Self {
+    pub(crate) fn unsupported_media_type(allowed: &str) -> Self {
         let message = format!(
-            "the body of the request was in an unknown format - accepted media types include: {allowed}; found {found:?}"
+            "the body of the request was in an unknown format - accepted media types include: {allowed}"
         );
         Self::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -164,7 +182,8 @@ impl ApiError {
             let causes = causes.map(|c| json!({"reason": c.reason, "message": c.message, "field": c.field}));
             details.insert("causes".to_owned(), causes.collect());
         }
-        if let (false, Some(status)) = (details.is_empty(), status.as_object_mut()) {
+        let told = self.details.is_some() || !details.is_empty();
+        if let (true, Some(status)) = (told, status.as_object_mut()) {
             status.insert("details".to_owned(), Value::Object(details));
         }
         status

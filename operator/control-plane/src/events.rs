@@ -30,9 +30,30 @@ pub(crate) fn to_core(object: &Value) -> Value {
     })
 }
 
-/// From `v1` to `events.k8s.io/v1`.
+/// From `v1` to `events.k8s.io/v1`, which does not show names that are empty.
 pub(crate) fn from_core(object: &Value) -> Value {
-    renamed(object, "events.k8s.io/v1", |key| {
-        RENAMED.iter().find(|(core, _)| *core == key).map(|(_, new)| *new)
-    })
+    let mut event = renamed(object, "events.k8s.io/v1", new_name);
+    if let Some(fields) = event.as_object_mut() {
+        fields.retain(|key, value| {
+            !(matches!(key.as_str(), "reportingController" | "reportingInstance") && *value == "")
+        });
+    }
+    event
+}
+
+fn new_name(core: &str) -> Option<&'static str> {
+    RENAMED
+        .iter()
+        .find(|(name, _)| *name == core)
+        .map(|(_, new)| *new)
+}
+
+/// The schema of core events, for events of the other group.
+pub(crate) fn schema_from_core(mut schema: Value) -> Value {
+    if let Some(properties) = schema.get_mut("properties") {
+        let mut named = renamed(properties, "", new_name);
+        named["apiVersion"] = json!({"type": "string"});
+        *properties = named;
+    }
+    schema
 }

@@ -193,15 +193,18 @@ pub(crate) fn item_schema(schema: Option<&Value>) -> Option<&Value> {
     schema?.get("items")
 }
 
-/// The element that names an item of a list.
-pub(crate) fn item_element(item: &Value, keys: &ListKeys) -> String {
+/// The element that names an item of a list; `schema` is that of the items, and has the defaults of keys.
+pub(crate) fn item_element(schema: Option<&Value>, item: &Value, keys: &ListKeys) -> String {
     match keys {
         ListKeys::Map(names) => {
             let mut names: Vec<&String> = names.iter().collect();
             names.sort();
             let object: Map<String, Value> = names
                 .into_iter()
-                .filter_map(|k| Some((k.clone(), item.get(k)?.clone())))
+                .filter_map(|k| {
+                    let default = || field_schema(schema, k)?.get("default");
+                    Some((k.clone(), item.get(k).or_else(default)?.clone()))
+                })
                 .collect();
             format!("k:{}", Value::Object(object))
         }
@@ -220,19 +223,22 @@ pub(crate) fn fields_of(schema: Option<&Value>, value: &Value) -> FieldSet {
                 let mut below = fields_of(field_schema(schema, name), child);
                 // Like an item of a list, an entry of a map is owned itself.
                 below.here |= !is_declared(schema, name);
-                set.children.insert(format!("f:{name}"), below);
+                if !below.is_empty() {
+                    set.children.insert(format!("f:{name}"), below);
+                }
             }
         }
         Shape::Items(items, keys) => {
-            set.here = items.is_empty();
+            // A list of items that are owned one by one is not owned itself, even with nothing in it.
+            let below = item_schema(schema);
             for item in items {
                 let mut child = if matches!(keys, ListKeys::Map(_)) {
-                    fields_of(item_schema(schema), item)
+                    fields_of(below, item)
                 } else {
                     FieldSet::default()
                 };
                 child.here = true;
-                set.children.insert(item_element(item, &keys), child);
+                set.children.insert(item_element(below, item, &keys), child);
             }
         }
     }
@@ -284,16 +290,16 @@ fn compare_values(schema: Option<&Value>, old: &Value, new: &Value) -> (FieldSet
             let find = |items: &[Value], element: &str| {
                 items
                     .iter()
-                    .find(|item| item_element(item, &keys) == element)
+                    .find(|item| item_element(item_schema, item, &keys) == element)
                     .cloned()
             };
             for item in before {
-                let element = item_element(item, &keys);
+                let element = item_element(item_schema, item, &keys);
                 let counterpart = find(after, &element);
                 descend(element.clone(), item_schema, Some(item), counterpart.as_ref());
             }
             for item in after {
-                let element = item_element(item, &keys);
+                let element = item_element(item_schema, item, &keys);
                 if find(before, &element).is_none() {
                     descend(element, item_schema, None, Some(item));
                 }

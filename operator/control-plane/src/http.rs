@@ -9,17 +9,19 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use http::header::{ACCEPT, CONTENT_TYPE, USER_AGENT};
+use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::body::{Action, action, media_type, parse_body};
+use crate::body::{Action, PATCHES, action, media_type, parse_body};
 use crate::discovery;
 use crate::error::ApiError;
 use crate::listing;
-use crate::registry::{FieldValidation, Registry, Target, WriteOptions, Written};
+use crate::options;
+use crate::registry::{Patch, Registry, Target, WriteOptions, Written};
+use crate::scale;
 use crate::selector::Selector;
 use crate::table;
 use crate::watch::{View, WatchOptions, watch};
@@ -178,8 +180,19 @@ impl Api {
             .resources
             .get(path.resource)
             .ok_or_else(ApiError::no_resource)?;
-        if !path.subresource.is_empty() && !(path.subresource == "status" && resource.status_subresource) {
-            return Err(ApiError::no_resource());
+        let served = match path.subresource.as_str() {
+            "" => true,
+            "status" => resource.status_subresource,
+            "scale" => resource.scale.is_some(),
+            _ => false,
+        };
+        if !served {
+            let missing = ApiError::not_found(&resource.group, &resource.plural, &path.name);
+            return Err(if resource.custom {
+                missing
+            } else {
+                ApiError::no_resource()
+            });
         }
         let query: HashMap<String, String> =
             form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes())
@@ -187,12 +200,20 @@ impl Api {
                 .collect();
         let named = !path.name.is_empty();
         let read_only = !resource.verbs.contains(&"update");
+        let nowhere = resource.namespaced && path.namespace.is_empty();
         match (&parts.method, named) {
             (&Method::GET, _) => self.read(parts, path, &query).await,
             (&Method::POST, false) if resource.verbs == ["create"] => {
                 review(resource, &parts.headers, &body, user)
             }
             _ if read_only => Err(ApiError::method_not_allowed()),
+            (&Method::POST, _) if nowhere => Err(ApiError::method_not_allowed()),
+            (&Method::POST, true) | (&Method::DELETE, _) if !path.subresource.is_empty() => {
+                Err(ApiError::not_supported(resource, &parts.method))
+            }
+            (&Method::PUT | &Method::PATCH, false) if resource.custom => {
+                Err(ApiError::bad_request("name must be provided"))
+            }
             (&Method::POST, false)
             | (&Method::PUT | &Method::PATCH | &Method::DELETE, true)
             | (&Method::DELETE, false) => self.write(parts, path, body, query).await,
@@ -211,7 +232,7 @@ impl Api {
             .resources
             .get(path.resource)
             .ok_or_else(ApiError::no_resource)?;
-        let view = view(&parts.headers, query);
+        let view = view(&parts.headers, query)?;
         let get = |name: &str| {
             query
                 .get(name)
@@ -219,12 +240,10 @@ impl Api {
                 .filter(|value| !value.is_empty())
         };
         let flag = |name: &str| matches!(get(name), Some("true" | "1"));
-        let mut selector = Selector::parse(resource, get("labelSelector"), get("fieldSelector"))?;
-        if flag("watch") {
-            if !path.name.is_empty() {
-                let by_name = format!("metadata.name={}", path.name);
-                selector = Selector::parse(resource, get("labelSelector"), Some(&by_name))?;
-            }
+        let selector = Selector::parse(resource, get("labelSelector"), get("fieldSelector"))?;
+        // An object that is named by its path is read and not watched, as in the API server.
+        if flag("watch") && path.name.is_empty() {
+            listing::check_options(&get, false)?;
             let after = match get("resourceVersion") {
                 None | Some("0") => None,
                 Some(text) => Some(parse_revision(text)?),
@@ -258,6 +277,9 @@ impl Api {
             return Ok(json_response(StatusCode::OK, &list));
         }
         let object = listing::get(&self.registry, resource, &path.namespace, &path.name)?;
+        if let (Some(scale), "scale") = (&resource.scale, path.subresource.as_str()) {
+            return Ok(json_response(StatusCode::OK, &scale.of(&object)));
+        }
         Ok(json_response(StatusCode::OK, &shown(resource, &object, &view)))
     }
 
@@ -268,8 +290,21 @@ impl Api {
         body: Bytes,
         query: HashMap<String, String>,
     ) -> Result<Response<Body>, ApiError> {
-        let options = write_options(&parts.headers, &query)?;
-        let action = action(&parts.method, &parts.headers, body, &path.name)?;
+        let (action, duplicates) = action(&parts.method, &parts.headers, body, &path.name)?;
+        if matches!(action, Action::Patch(Patch::Strategic(_)))
+            && self
+                .registry
+                .resources
+                .get(path.resource)
+                .is_some_and(|resource| resource.custom)
+        {
+            return Err(ApiError::unsupported_media_type(PATCHES));
+        }
+        let applies = matches!(action, Action::Patch(Patch::Apply(_)));
+        let options = WriteOptions {
+            duplicates,
+            ..options::read(&parts.method, applies, &parts.headers, &query)?
+        };
         let (registry, resource) = (Arc::clone(&self.registry), path.resource);
         let (namespace, name, subresource) = (
             path.namespace.clone(),
@@ -304,13 +339,13 @@ impl Api {
                 Some(object) => shown(
                     resource,
                     &Registry::served(resource, &object),
-                    &view(&parts.headers, &HashMap::new()),
+                    &view(&parts.headers, &HashMap::new())?,
                 ),
                 None => outcome.document,
             },
         );
         for warning in outcome.warnings {
-            let text = format!("299 - \"{}\"", warning.replace(['"', '\\'], "'"));
+            let text = format!("299 - {warning:?}");
             if let Ok(value) = HeaderValue::from_str(&text) {
                 response.headers_mut().append("Warning", value);
             }
@@ -343,6 +378,14 @@ fn perform(
         document: Value::Null,
         warnings: written.warnings,
     };
+    if let (Some(scale), "scale") = (&target.resource.scale, target.subresource) {
+        return Ok(Outcome {
+            code: StatusCode::OK,
+            object: None,
+            document: scale::write(registry, target, scale, action, options)?,
+            warnings: Vec::new(),
+        });
+    }
     match action {
         Action::Create(body) => registry.create(target, body, options).map(written),
         Action::Update(body) => registry.update(target, body, options).map(written),
@@ -350,7 +393,10 @@ fn perform(
         Action::Delete(wanted) => {
             let (object, gone) = registry.delete(target, &wanted, options)?;
             let uid = object.pointer("/metadata/uid").cloned().unwrap_or_default();
-            let details = json!({"name": target.name, "group": target.resource.group, "kind": target.resource.plural, "uid": uid});
+            let mut details = json!({"name": target.name, "kind": target.resource.plural, "uid": uid});
+            if !target.resource.group.is_empty() {
+                details["group"] = json!(target.resource.group);
+            }
             let document = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
             // As the API server: a Status once it is gone, the object while finalizers hold it.
             Ok(Outcome {
@@ -383,52 +429,6 @@ fn perform(
     }
 }
 
-fn write_options(headers: &HeaderMap, query: &HashMap<String, String>) -> Result<WriteOptions, ApiError> {
-    let get = |name: &str| {
-        query
-            .get(name)
-            .map(String::as_str)
-            .filter(|value| !value.is_empty())
-    };
-    let dry_run = match get("dryRun") {
-        None => false,
-        Some("All") => true,
-        Some(other) => {
-            return Err(ApiError::bad_request(format!(
-                "dryRun is {other:?}; supported values: \"All\""
-            )));
-        }
-    };
-    let field_validation = match get("fieldValidation") {
-        None | Some("Warn") => FieldValidation::Warn,
-        Some("Strict") => FieldValidation::Strict,
-        Some("Ignore") => FieldValidation::Ignore,
-        Some(other) => {
-            return Err(ApiError::bad_request(format!(
-                "fieldValidation is {other:?}; supported values: \"Ignore\", \"Warn\", \"Strict\""
-            )));
-        }
-    };
-    let agent = headers
-        .get(USER_AGENT)
-        .and_then(|v| v.to_str().ok())
-        .unwrap_or("unknown");
-    let from_agent = agent.split(['/', ' ']).next().unwrap_or("unknown");
-    let field_manager = get("fieldManager").unwrap_or(from_agent);
-    if field_manager.chars().count() > 128 {
-        return Err(ApiError::bad_request(
-            "fieldManager may not be longer than 128 characters",
-        ));
-    }
-    Ok(WriteOptions {
-        dry_run,
-        field_manager: field_manager.to_owned(),
-        field_validation,
-        force: matches!(get("force"), Some("true" | "1")),
-        now: crate::now(),
-    })
-}
-
 /// `kubectl auth whoami` and `kubectl auth can-i`.
 fn review(
     resource: &crate::resource::Resource,
@@ -457,23 +457,29 @@ fn review(
     Ok(json_response(StatusCode::CREATED, &review))
 }
 
-fn view(headers: &HeaderMap, query: &HashMap<String, String>) -> View {
+fn view(headers: &HeaderMap, query: &HashMap<String, String>) -> Result<View, ApiError> {
     let accept = headers
         .get(ACCEPT)
         .and_then(|v| v.to_str().ok())
         .unwrap_or_default();
     for option in accept.split(',') {
         if option.contains("as=Table") {
-            return View::Table(query.get("includeObject").cloned().unwrap_or_default());
+            let include = query.get("includeObject").cloned().unwrap_or_default();
+            if !matches!(include.as_str(), "" | "None" | "Metadata" | "Object") {
+                return Err(ApiError::bad_request(format!(
+                    "Unable to convert to Table as requested: includeObject: Invalid value: {include:?}: must be 'Metadata', 'Object', 'None', or empty"
+                )));
+            }
+            return Ok(View::Table(include));
         }
         if option.contains("as=PartialObjectMetadata") {
-            return View::Partial;
+            return Ok(View::Partial);
         }
         if option.trim().starts_with("application/json") || option.trim() == "*/*" {
-            return View::Object;
+            return Ok(View::Object);
         }
     }
-    View::Object
+    Ok(View::Object)
 }
 
 fn shown(resource: &crate::resource::Resource, object: &Value, view: &View) -> Value {

@@ -12,22 +12,26 @@
 
 mod body;
 mod built_in;
+mod built_in_rules;
 mod cel;
 mod discovery;
 mod error;
 mod events;
 mod fields;
 mod http;
+mod json;
 mod json_path;
 mod listing;
 mod managed;
 mod merge;
 mod metadata;
+mod options;
 mod patch;
 mod protobuf;
 mod registry;
 mod removal;
 mod resource;
+mod scale;
 mod schema;
 mod selector;
 mod server;

@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Value, json};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Cause};
 use crate::http::parse_revision;
 use crate::registry::Registry;
 use crate::resource::Resource;
@@ -63,11 +63,13 @@ pub(crate) fn list(
     };
     let limit = get("limit")
         .map(|text| {
-            text.parse::<usize>()
-                .map_err(|_| ApiError::bad_request(format!("limit is {text:?}; it must be a number")))
+            let limit = text.parse::<i64>();
+            limit.map_err(|_| ApiError::bad_request(format!("limit is {text:?}; it must be a number")))
         })
-        .transpose()?;
+        .transpose()?
+        .and_then(|limit| usize::try_from(limit).ok());
     let after = get("continue").map(read_token).transpose()?;
+    check_options(&get, after.is_some())?;
     let exact = (get("resourceVersionMatch") == Some("Exact"))
         .then(|| get("resourceVersion").map(parse_revision))
         .flatten()
@@ -95,7 +97,10 @@ pub(crate) fn list(
             namespace: key.namespace.clone(),
             name: key.name.clone()
         }));
-        metadata["remainingItemCount"] = json!(remaining);
+        // How many of them would be selected is not counted, as in the API server.
+        if get("labelSelector").or(get("fieldSelector")).is_none() {
+            metadata["remainingItemCount"] = json!(remaining);
+        }
     }
     let items: Vec<Value> = objects
         .iter()
@@ -109,6 +114,77 @@ pub(crate) fn list(
         }),
         View::Table(include) => table::table(resource, &items.iter().collect::<Vec<_>>(), metadata, include),
     })
+}
+
+/// Options that do not go together are refused, as the API server does.
+pub(crate) fn check_options<'a>(
+    get: &impl Fn(&str) -> Option<&'a str>,
+    continues: bool,
+) -> Result<(), ApiError> {
+    let (version, matching) = (get("resourceVersion"), get("resourceVersionMatch"));
+    let forbidden =
+        |at: &'static str, why: &str| Cause::new("FieldValueForbidden", at, format!("Forbidden: {why}"));
+    let at = "resourceVersionMatch";
+    let mut causes = Vec::new();
+    let watched = matches!(get("watch"), Some("true" | "1"));
+    if watched {
+        let initial = get("sendInitialEvents").is_some();
+        match matching {
+            Some("NotOlderThan") if initial => {}
+            None if !initial => {}
+            Some(_) if !initial => causes.push(forbidden(
+                at,
+                "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+            )),
+            _ => causes.push(forbidden(
+                at,
+                "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
+            )),
+        }
+        if let (Some(other), true) = (matching.filter(|matching| *matching != "NotOlderThan"), initial) {
+            let message = format!("Unsupported value: {other:?}: supported values: \"NotOlderThan\"");
+            causes.push(Cause::new("FieldValueNotSupported", at, message));
+        }
+        return if causes.is_empty() {
+            Ok(())
+        } else {
+            Err(ApiError::invalid("meta.k8s.io", "ListOptions", "", causes))
+        };
+    }
+    match (matching, version) {
+        (Some(_), _) if continues => causes.push(forbidden(
+            at,
+            "resourceVersionMatch is forbidden when continue is provided",
+        )),
+        (Some(_), None) if get("sendInitialEvents").is_none() => {
+            causes.push(forbidden(
+                at,
+                "resourceVersionMatch is forbidden unless resourceVersion is provided",
+            ));
+        }
+        (Some("Exact"), Some("0")) => {
+            causes.push(forbidden(
+                at,
+                "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"",
+            ));
+        }
+        (None | Some("Exact" | "NotOlderThan"), _) => {}
+        (Some(other), _) => {
+            let message =
+                format!("Unsupported value: {other:?}: supported values: \"Exact\", \"NotOlderThan\", \"\"");
+            causes.push(Cause::new("FieldValueNotSupported", at, message));
+        }
+    }
+    if get("sendInitialEvents").is_some() {
+        causes.push(forbidden(
+            "sendInitialEvents",
+            "sendInitialEvents is forbidden for list",
+        ));
+    }
+    if !causes.is_empty() {
+        return Err(ApiError::invalid("meta.k8s.io", "ListOptions", "", causes));
+    }
+    version.map(parse_revision).transpose().map(drop)
 }
 
 pub(crate) type Snapshot = (Vec<(Key, Arc<Value>)>, u64);
@@ -153,7 +229,20 @@ pub(crate) fn snapshot(
 }
 
 /// `XList`.
-pub(crate) fn list_document(resource: &Resource, items: Vec<Value>, metadata: Value) -> Value {
+///
+/// Items of built-in kinds do not say what they are, for their list does; lists of custom ones always speak of
+/// a next page.
+pub(crate) fn list_document(resource: &Resource, mut items: Vec<Value>, mut metadata: Value) -> Value {
+    if resource.custom {
+        if metadata.get("continue").is_none() {
+            metadata["continue"] = json!("");
+        }
+    } else {
+        for item in items.iter_mut().filter_map(Value::as_object_mut) {
+            item.remove("apiVersion");
+            item.remove("kind");
+        }
+    }
     json!({"kind": format!("{}List", resource.kind), "apiVersion": resource.api_version(), "metadata": metadata, "items": items})
 }
 
@@ -165,6 +254,8 @@ fn read_token(text: &str) -> Result<Continue, ApiError> {
     let bytes = URL_SAFE_NO_PAD.decode(text).ok();
     let token = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     token.ok_or_else(|| {
-        ApiError::bad_request("continue key is not valid: it must be one that this server gave out")
+        ApiError::bad_request(
+            "invalid continue token: continue key is not valid: it must be one that this server gave out",
+        )
     })
 }

@@ -55,7 +55,9 @@ impl Entry {
         entry.insert("manager".to_owned(), json!(self.manager));
         entry.insert("operation".to_owned(), json!(self.operation));
         entry.insert("apiVersion".to_owned(), json!(self.api_version));
-        entry.insert("time".to_owned(), self.time.clone());
+        if !self.time.is_null() {
+            entry.insert("time".to_owned(), self.time.clone());
+        }
         entry.insert("fieldsType".to_owned(), json!("FieldsV1"));
         entry.insert("fieldsV1".to_owned(), self.set.to_fields_v1());
         if !self.subresource.is_empty() {
@@ -165,7 +167,6 @@ fn strip(mut set: FieldSet, writer: &Writer) -> FieldSet {
             "managedFields",
             "deletionTimestamp",
             "deletionGracePeriodSeconds",
-            "generateName",
         ] {
             metadata.children.remove(&format!("f:{name}"));
         }
@@ -187,17 +188,15 @@ fn without_managed_fields(object: &Value) -> Value {
 }
 
 /// Ownership before an update: that of `old`, unless the writer sends another, as kubectl does to turn what
-/// it once applied by itself into what it applies through the server. A list of one empty entry clears it.
+/// it once applied by itself into what it applies through the server. An empty list, or one of an empty entry,
+/// clears it.
 pub(crate) fn keep_or_take_entries(old: &Value, new: &mut Value, subresource: &str) {
     let kept = old.pointer("/metadata/managedFields");
     let Some(metadata) = new.get_mut("metadata").and_then(Value::as_object_mut) else {
         return;
     };
     let sent = metadata.remove("managedFields");
-    let sent = sent
-        .as_ref()
-        .and_then(Value::as_array)
-        .filter(|list| !list.is_empty());
+    let sent = sent.as_ref().and_then(Value::as_array);
     let readable = |entry: &Value| {
         let text = |key: &str| entry.get(key).is_some_and(Value::is_string);
         let operation = entry.get("operation").and_then(Value::as_str);
@@ -207,7 +206,7 @@ pub(crate) fn keep_or_take_entries(old: &Value, new: &mut Value, subresource: &s
             && entry.get("fieldsV1").is_some_and(Value::is_object)
     };
     let entries = match sent {
-        Some(list) if subresource.is_empty() && *list == [json!({})] => None,
+        Some(list) if subresource.is_empty() && (list.is_empty() || *list == [json!({})]) => None,
         Some(list) if subresource.is_empty() && list.iter().all(readable) => Some(json!(list)),
         _ => kept.cloned(),
     };
@@ -217,11 +216,15 @@ pub(crate) fn keep_or_take_entries(old: &Value, new: &mut Value, subresource: &s
 }
 
 /// Records a create, update or patch: what changed now belongs to the writer, what is gone to nobody.
-/// `new` comes with the ownership as it was; see [`keep_or_take_entries`].
-pub(crate) fn record_update(schema: &Value, old: Option<&Value>, new: &mut Value, writer: &Writer) {
-    let before = old.map(without_managed_fields);
+/// `new` comes with the ownership as it was; see [`keep_or_take_entries`]. Of an object that `exists` and whose
+/// fields nobody owns, ownership is not recorded until somebody applies.
+pub(crate) fn record_update(schema: &Value, exists: bool, old: &Value, new: &mut Value, writer: &Writer) {
+    if exists && new.pointer("/metadata/managedFields").is_none() {
+        return;
+    }
+    let before = without_managed_fields(old);
     let after = without_managed_fields(new);
-    let (changed, removed) = compare(Some(schema), before.as_ref(), Some(&after));
+    let (changed, removed) = compare(Some(schema), Some(&before), Some(&after));
     let (changed, removed) = (strip(changed, writer), strip(removed, writer));
     let mut entries = entries(new);
     for entry in &mut entries {
@@ -250,11 +253,32 @@ pub(crate) fn record_update(schema: &Value, old: Option<&Value>, new: &mut Value
     store_entries(new, entries);
 }
 
+/// Whether an applied configuration has the types of its schema.
+///
+/// # Errors
+/// Everything that does not fit.
+pub(crate) fn check_types(schema: &Value, applied: &Value) -> Result<(), ApiError> {
+    typed::check(schema, applied).map_err(|why| untyped(applied, &why))
+}
+
+/// `live`, whose fields belong to a manager of this name where nobody's ownership was recorded before.
+pub(crate) fn with_first_owner(schema: &Value, empty: &Value, live: &Value, writer: &Writer) -> Value {
+    let mut owned = live.clone();
+    if live.pointer("/metadata/managedFields").is_none() {
+        let first = Writer {
+            manager: "before-first-apply".to_owned(),
+            subresource: String::new(),
+            ..writer.clone()
+        };
+        record_update(schema, false, empty, &mut owned, &first);
+    }
+    owned
+}
+
 /// Server-side apply: `applied` laid over `live`, as its manager's whole intent.
 ///
 /// # Errors
-/// A conflict, when a field that would change belongs to another manager and `force` is false; or that
-/// `applied` does not have the types of its schema.
+/// A conflict, when a field that would change belongs to another manager and `force` is false.
 pub(crate) fn apply(
     schema: &Value,
     live: Option<&Value>,
@@ -262,12 +286,10 @@ pub(crate) fn apply(
     writer: &Writer,
     force: bool,
 ) -> Result<Value, ApiError> {
-    typed::check(schema, applied).map_err(|why| untyped(applied, &why))?;
     let base = live.cloned().unwrap_or_else(|| json!({"metadata": {}}));
     let intent = strip(fields_of(Some(schema), &without_managed_fields(applied)), writer);
     let mut merged = merge(Some(schema), &base, &without_managed_fields(applied));
     let mut entries = entries(&base);
-
     let previous = entries.iter().find(|entry| entry.is(writer, "Apply"));
     if let Some(previous) = previous.map(|entry| entry.set.clone()) {
         let mut owned = fields_of(Some(schema), applied);
@@ -301,9 +323,10 @@ pub(crate) fn apply(
     if !conflicts.is_empty() && !force {
         return Err(conflict(&conflicts));
     }
+    // To own what is there already is no change of the object, and has no time.
+    let unchanged = live.is_some() && without_managed_fields(&base) == without_managed_fields(&merged);
     match entries.iter_mut().find(|entry| entry.is(writer, "Apply")) {
         Some(entry) => {
-            let unchanged = entry.set == intent && changed.is_empty() && removed.is_empty();
             if !unchanged {
                 entry.time = json!(writer.now);
             }
@@ -314,12 +337,42 @@ pub(crate) fn apply(
             operation: "Apply".to_owned(),
             api_version: writer.api_version.clone(),
             subresource: writer.subresource.clone(),
-            time: json!(writer.now),
+            time: if unchanged { Value::Null } else { json!(writer.now) },
             set: intent,
         }),
     }
     store_entries(&mut merged, entries);
     Ok(merged)
+}
+
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+
+/// Where kubectl noted what it applied by itself, the note follows what it applies through the server, so that
+/// it can go back.
+pub(crate) fn note_applied(merged: &mut Value, applied: &Value, writer: &Writer) {
+    fn sorted(value: &Value) -> Value {
+        match value {
+            Value::Object(fields) => {
+                let fields: std::collections::BTreeMap<_, _> = fields.iter().collect();
+                Value::Object(fields.into_iter().map(|(k, v)| (k.clone(), sorted(v))).collect())
+            }
+            Value::Array(items) => Value::Array(items.iter().map(sorted).collect()),
+            other => other.clone(),
+        }
+    }
+    let note = merged
+        .pointer_mut("/metadata/annotations")
+        .and_then(|all| all.get_mut(LAST_APPLIED));
+    if let (Some(note), "kubectl", "") = (note, writer.manager.as_str(), writer.subresource.as_str()) {
+        let mut applied = applied.clone();
+        if let Some(annotations) = applied
+            .pointer_mut("/metadata/annotations")
+            .and_then(Value::as_object_mut)
+        {
+            annotations.remove(LAST_APPLIED);
+        }
+        *note = json!(format!("{}\n", sorted(&applied)));
+    }
 }
 
 /// What kubectl applied by itself, and nobody changed since, kubectl may change through the server.

@@ -131,7 +131,7 @@ fn an_update_takes_what_it_changes() {
     .unwrap();
     let old = live.clone();
     live["spec"]["size"] = json!(5);
-    record_update(&schema(), Some(&old), &mut live, &writer("kubectl-edit"));
+    record_update(&schema(), true, &old, &mut live, &writer("kubectl-edit"));
     let error = apply(
         &schema(),
         Some(&live),

@@ -2,23 +2,44 @@
 
 use serde_json::{Map, Value};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Cause};
 
 /// Applies a JSON patch.
 ///
 /// # Errors
 /// When the patch does not read, a path is not there, or a test fails.
 pub(crate) fn json(object: &mut Value, patch: &Value) -> Result<(), ApiError> {
-    let patch: json_patch::Patch = serde_json::from_value(patch.clone())
-        .map_err(|error| ApiError::bad_request(format!("error decoding patch: {error}")))?;
-    json_patch::patch(object, &patch).map_err(|error| {
-        let code = http::StatusCode::UNPROCESSABLE_ENTITY;
-        ApiError::new(
-            code,
-            "Invalid",
-            format!("the server rejected our request due to an error in our request: {error}"),
-        )
-    })
+    let rejected = |error: String| {
+        let what = format!("the server rejected our request due to an error in our request: {error}");
+        ApiError::new(http::StatusCode::UNPROCESSABLE_ENTITY, "Invalid", what).about("", "", "")
+    };
+    let operations = patch
+        .as_array()
+        .is_some_and(|list| list.iter().all(|operation| operation.get("op").is_some()));
+    let patch: json_patch::Patch = serde_json::from_value(patch.clone()).map_err(|error| {
+        if operations {
+            rejected(error.to_string())
+        } else {
+            ApiError::bad_request(format!("error decoding patch: {error}"))
+        }
+    })?;
+    json_patch::patch(object, &patch).map_err(|error| rejected(error.to_string()))
+}
+
+/// What a strict reader says of a patched object: it blames the patch.
+pub(crate) fn not_strict(error: ApiError, patched: &str) -> ApiError {
+    let Some((_, strict)) = error.message.split_once("strict decoding error: ") else {
+        return error;
+    };
+    let message = format!("Invalid value: {patched:?}: strict decoding error: {strict}");
+    let mut error = ApiError::invalid(
+        "",
+        "",
+        "",
+        vec![Cause::new("FieldValueInvalid", "patch", message)],
+    );
+    error.message = format!(" {}", error.message.trim_start());
+    error
 }
 
 /// Applies a merge patch: null removes, lists are replaced.
@@ -50,19 +71,10 @@ pub(crate) fn strategic(object: &mut Value, patch: &Value) {
             (_, Value::Null) => {
                 object.remove(key);
             }
-            ("finalizers", Value::Array(added)) => {
-                let list = object
-                    .entry(key.clone())
-                    .or_insert_with(|| Value::Array(Vec::new()));
-                if let Value::Array(list) = list {
-                    list.extend(
-                        added
-                            .iter()
-                            .filter(|item| !list.contains(item))
-                            .cloned()
-                            .collect::<Vec<_>>(),
-                    );
-                }
+            ("finalizers" | "ownerReferences", Value::Array(given)) => {
+                let before = object.get(key).and_then(Value::as_array).cloned();
+                let list = merge_items(before.unwrap_or_default(), given);
+                object.insert(key.clone(), Value::Array(list));
             }
             _ => strategic_or_replace(object.entry(key.clone()).or_insert(Value::Null), value),
         }
@@ -72,6 +84,26 @@ pub(crate) fn strategic(object: &mut Value, patch: &Value) {
     {
         list.retain(|item| !gone.contains(item));
     }
+}
+
+/// Items that the patch names come first, in its order; owners are told apart by their uid.
+fn merge_items(mut before: Vec<Value>, given: &[Value]) -> Vec<Value> {
+    let same = |a: &Value, b: &Value| match (a.get("uid"), b.get("uid")) {
+        (None, None) => a == b,
+        (a, b) => a == b,
+    };
+    let mut merged = Vec::new();
+    for item in given {
+        let old = before.iter().position(|old| same(old, item));
+        let mut object = old.map_or(Value::Null, |at| before.remove(at));
+        if item.get("$patch").and_then(Value::as_str) == Some("delete") {
+            continue;
+        }
+        strategic_or_replace(&mut object, item);
+        merged.push(object);
+    }
+    merged.append(&mut before);
+    merged
 }
 
 fn strategic_or_replace(target: &mut Value, value: &Value) {
@@ -96,7 +128,7 @@ mod tests {
         );
         assert_eq!(
             object,
-            json!({"metadata": {"finalizers": ["a", "b"], "labels": {"y": "2"}}})
+            json!({"metadata": {"finalizers": ["b", "a"], "labels": {"y": "2"}}})
         );
     }
 

@@ -9,6 +9,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use serde_json::{Value, json};
 
 use crate::built_in;
+use crate::built_in_rules;
 use crate::error::{ApiError, Cause};
 use crate::events;
 use crate::managed::{self, Writer, schema_with_metadata};
@@ -38,6 +39,18 @@ pub(crate) struct WriteOptions {
     pub(crate) force: bool,
     /// RFC 3339 in whole seconds.
     pub(crate) now: String,
+    /// Paths of fields that the body has twice.
+    pub(crate) duplicates: Vec<String>,
+}
+
+/// What a body is for: each door checks its identity in its own way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Door {
+    /// A whole object, made or replaced.
+    Write,
+    /// What a patch made of an object.
+    Patch,
+    Apply,
 }
 
 /// The body of a patch.
@@ -78,6 +91,12 @@ impl Target<'_> {
 
     pub(crate) fn conflict(&self, why: &str) -> ApiError {
         ApiError::conflict(&self.resource.group, &self.resource.plural, self.name, why)
+    }
+
+    /// The name that a body states, or else that of the path.
+    fn name_in<'b>(&'b self, body: &'b Value) -> &'b str {
+        let stated = body.pointer("/metadata/name").and_then(Value::as_str);
+        stated.unwrap_or(self.name)
     }
 
     fn invalid(&self, name: &str, causes: Vec<Cause>) -> ApiError {
@@ -147,18 +166,17 @@ impl Registry {
         body: Value,
         options: &WriteOptions,
     ) -> Result<Written, ApiError> {
-        let mut body = self.check_identity(target, body)?;
+        let mut body = self.check_identity(target, body, Door::Write)?;
         let name = match body.pointer("/metadata/name").and_then(Value::as_str) {
             Some(name) if !name.is_empty() => name.to_owned(),
             _ => metadata::generated_name(&body).ok_or_else(|| {
-                target.invalid(
-                    "",
-                    vec![Cause::new(
-                        "FieldValueRequired",
-                        "metadata.name",
-                        "Required value: name or generateName is required",
-                    )],
-                )
+                let message = "Required value: name or generateName is required";
+                let mut causes = vec![Cause::new("FieldValueRequired", "metadata.name", message)];
+                let schema = target.resource.schema.as_ref().filter(|_| target.resource.custom);
+                if let Some(schema) = schema {
+                    schema.validate(&body, None, "", &mut causes);
+                }
+                target.invalid("", causes)
             })?,
         };
         let target = Target {
@@ -172,14 +190,25 @@ impl Registry {
             !options.dry_run,
             |transaction| {
                 self.check_namespace(transaction, target)?;
-                if transaction.get(&target.key()).is_some() {
-                    return Err(ApiError::already_exists(
-                        &target.resource.group,
-                        &target.resource.plural,
-                        &name,
+                let present = transaction.get(&target.key());
+                let versioned = revision_of(&body).is_some();
+                // What is wrong with the object is told first; nothing is kept of it then.
+                let object = self.insert(transaction, target, body, options, None)?;
+                if let Some(present) = present {
+                    let (group, plural) = (&target.resource.group, &target.resource.plural);
+                    let mut error = ApiError::already_exists(group, plural, &name);
+                    if present.pointer("/metadata/deletionTimestamp").is_some() {
+                        error.message = format!("object is being deleted: {}", error.message);
+                    }
+                    return Err(error);
+                }
+                if versioned {
+                    return Err(ApiError::new(
+                        http::StatusCode::INTERNAL_SERVER_ERROR,
+                        "",
+                        "resourceVersion should not be set on objects to be created",
                     ));
                 }
-                let object = self.insert(transaction, target, body, options, None)?;
                 Ok(Written {
                     object,
                     created: true,
@@ -196,19 +225,32 @@ impl Registry {
         body: Value,
         options: &WriteOptions,
     ) -> Result<Written, ApiError> {
-        let mut body = self.check_identity(target, body)?;
+        let mut body = self.check_identity(target, body, Door::Write)?;
         check_name_of_url(target, &body)?;
-        let revision = body.pointer("/metadata/resourceVersion").and_then(Value::as_str);
-        if !target.resource.unconditional_update && revision.is_none_or(str::is_empty) {
-            let message = "Invalid value: 0: must be specified for an update";
-            let cause = Cause::new("FieldValueInvalid", "metadata.resourceVersion", message);
-            return Err(target.invalid(target.name, vec![cause]));
-        }
+        let unconditional = revision_of(&body).is_none();
         let warnings = self.prepare(target, &mut body, options)?;
         self.store.transact(
             !options.dry_run,
             |transaction| {
-                let old = transaction.get(&target.key()).ok_or_else(|| target.not_found())?;
+                let Some(old) = transaction.get(&target.key()) else {
+                    if !(unconditional && target.resource.created_by_update) {
+                        return Err(target.not_found());
+                    }
+                    self.check_namespace(transaction, target)?;
+                    target.check_name()?;
+                    let object = self.insert(transaction, target, body, options, None)?;
+                    return Ok(Written {
+                        object,
+                        created: true,
+                        warnings,
+                    });
+                };
+                if unconditional && !target.resource.unconditional_update {
+                    let message = "Invalid value: 0: must be specified for an update";
+                    let cause = Cause::new("FieldValueInvalid", "metadata.resourceVersion", message);
+                    let (group, plural) = (&target.resource.group, &target.resource.plural);
+                    return Err(ApiError::invalid(group, plural, target.name, vec![cause]));
+                }
                 let object = self.replace(transaction, target, &old, body, options)?;
                 Ok(Written {
                     object,
@@ -240,9 +282,13 @@ impl Registry {
                     Patch::Strategic(patch) => patch::strategic(&mut body, patch),
                     Patch::Apply(_) => {}
                 }
-                let mut body = self.check_identity(target, body)?;
+                let patched = body.to_string();
+                let mut body = self.check_identity(target, body, Door::Patch)?;
                 check_name_of_url(target, &body)?;
-                let warnings = self.prepare(target, &mut body, options)?;
+                let warnings = self
+                    .prepare(target, &mut body, options)
+                    .map_err(|error| patch::not_strict(error, &patched))?;
+                check_uid(target, &old, &body)?;
                 let object = self.replace(transaction, target, &old, body, options)?;
                 Ok(Written {
                     object,
@@ -261,11 +307,13 @@ impl Registry {
         {
             return Err(ApiError::bad_request("metadata.managedFields must be nil"));
         }
-        let mut body = self.check_identity(target, body)?;
-        body["metadata"]["name"] = json!(target.name);
+        let schema = schema_with_metadata(target.resource.schema.as_ref().map(|s| s.schema()));
+        let stated = body.clone();
+        let mut body = self.check_identity(target, body, Door::Apply)?;
+        check_name_of_url(target, &body)?;
+        managed::check_types(&schema, &stated)?;
         // Unknown fields are refused by `managed::apply`, however strictly the client asks for validation.
         let warnings = Vec::new();
-        let schema = schema_with_metadata(target.resource.schema.as_ref().map(|s| s.schema()));
         let writer = writer(target, options);
         self.store.transact(
             !options.dry_run,
@@ -286,10 +334,15 @@ impl Registry {
                         object.remove("status");
                     }
                 }
-                if let Some(old) = &old {
-                    self.check_preconditions(target, old, &body)?;
+                match &old {
+                    Some(old) => self.check_preconditions(target, old, &body)?,
+                    None => check_no_uid(target, &body)?,
                 }
-                let mut merged = managed::apply(&schema, old.as_deref(), &body, &writer, options.force)?;
+                let empty = built_in::empty(&target.resource.kind);
+                let owned = old
+                    .as_deref()
+                    .map(|old| managed::with_first_owner(&schema, &empty, old, &writer));
+                let mut merged = managed::apply(&schema, owned.as_ref(), &body, &writer, options.force)?;
                 merged["apiVersion"] = json!(target.resource.api_version());
                 merged["kind"] = json!(target.resource.kind);
                 let object = match old {
@@ -307,8 +360,9 @@ impl Registry {
                     }
                     Some(old) => {
                         self.carry_over(target, &old, &mut merged);
+                        managed::note_applied(&mut merged, &stated, &writer);
                         self.finish(target, &mut merged, Some(&old))?;
-                        self.put_if_changed(transaction, target, &old, merged)
+                        self.put_if_changed(transaction, target, &old, merged, options.dry_run)
                     }
                 };
                 Ok(Written {
@@ -322,8 +376,9 @@ impl Registry {
     }
 
     /// apiVersion, kind and namespace must be those of the URL; absent ones are filled in.
-    fn check_identity(&self, target: Target<'_>, mut body: Value) -> Result<Value, ApiError> {
+    fn check_identity(&self, target: Target<'_>, mut body: Value, door: Door) -> Result<Value, ApiError> {
         let resource = target.resource;
+        check_kind(target, &body, door)?;
         let expected = [
             ("apiVersion", resource.api_version()),
             ("kind", resource.kind.clone()),
@@ -335,12 +390,7 @@ impl Registry {
             )));
         };
         for (field, wanted) in expected {
-            let found = object.entry(field).or_insert_with(|| json!(wanted));
-            if found.as_str() != Some(&wanted) {
-                return Err(ApiError::bad_request(format!(
-                    "the {field} in the data ({found}) does not match the expected {field} ({wanted})"
-                )));
-            }
+            object.entry(field).or_insert_with(|| json!(wanted));
         }
         let metadata = object.entry("metadata").or_insert_with(|| json!({}));
         let Some(metadata) = metadata.as_object_mut() else {
@@ -359,6 +409,7 @@ impl Registry {
             metadata.remove("namespace");
         }
         metadata::check_types(&body)?;
+        built_in::fill_nulls(resource, &mut body);
         built_in::fold_string_data(resource, &mut body);
         Ok(if resource.group == "events.k8s.io" {
             events::to_core(&body)
@@ -377,13 +428,16 @@ impl Registry {
         let Some(schema) = &target.resource.schema else {
             return Ok(());
         };
-        let unknown = schema.prune(body);
-        let quoted: Vec<String> = unknown
+        let mut unknown = schema.prune(body);
+        unknown.sort();
+        let mut quoted: Vec<String> = options
+            .duplicates
             .iter()
-            .map(|path| format!("unknown field {path:?}"))
+            .map(|path| format!("duplicate field {path:?}"))
             .collect();
+        quoted.extend(unknown.iter().map(|path| format!("unknown field {path:?}")));
         match options.field_validation {
-            _ if unknown.is_empty() => {}
+            _ if quoted.is_empty() => {}
             FieldValidation::Strict => {
                 let resource = target.resource;
                 let message = format!(
@@ -413,6 +467,7 @@ impl Registry {
         if let Some(schema) = &target.resource.schema {
             schema.default(body);
         }
+        warnings.extend(metadata::finalizer_warnings(body).filter(|_| target.resource.custom));
         Ok(warnings)
     }
 
@@ -424,14 +479,44 @@ impl Registry {
             schema.prune(object);
             schema.default(object);
             if target.resource.custom {
-                causes.extend(schema.validate(object, old));
+                schema.validate(object, old, target.subresource, &mut causes);
             }
         }
-        built_in::default(target.resource, object);
-        if !causes.is_empty() {
-            return Err(target.invalid(target.name, causes));
+        built_in::default(target.resource, object, old);
+        if !target.resource.custom {
+            built_in::check(target.resource, object)?;
+            causes.extend(metadata::check_standard_finalizers(object));
+            causes.extend(built_in_rules::check(&target.resource.kind, object, old));
+            if target.resource.group == "events.k8s.io" && old.is_none() {
+                causes.extend(built_in_rules::check_new_event(object));
+            }
         }
-        built_in::check(target.resource, object)
+        if !causes.is_empty() {
+            let (group, kind) = (&target.resource.group, &target.resource.kind);
+            let group = if kind == "Event" { "" } else { group };
+            return Err(ApiError::invalid(group, kind, target.name, causes));
+        }
+        Ok(())
+    }
+
+    /// Ownership is recorded in the terms of the door through which the write came.
+    fn record(&self, target: Target<'_>, old: Option<&Value>, new: &mut Value, options: &WriteOptions) {
+        let mut schema = schema_with_metadata(target.resource.schema.as_ref().map(|s| s.schema()));
+        if target.resource.group == "events.k8s.io" {
+            schema = events::schema_from_core(schema);
+        }
+        let empty = built_in::empty(&target.resource.kind);
+        let mut shown = Self::served(target.resource, new);
+        let before = Self::served(target.resource, old.unwrap_or(&empty));
+        let writer = writer(target, options);
+        managed::record_update(&schema, old.is_some(), &before, &mut shown, &writer);
+        let entries = shown.pointer("/metadata/managedFields").cloned();
+        if let Some(metadata) = new.get_mut("metadata").and_then(Value::as_object_mut) {
+            match entries {
+                Some(entries) => metadata.insert("managedFields".to_owned(), entries),
+                None => metadata.remove("managedFields"),
+            };
+        }
     }
 
     fn check_namespace(&self, transaction: &Transaction<'_>, target: Target<'_>) -> Result<(), ApiError> {
@@ -441,11 +526,12 @@ impl Registry {
         let namespace = transaction.get(&Key::new("namespaces", "", target.namespace));
         let namespace = namespace.ok_or_else(|| ApiError::not_found("", "namespaces", target.namespace))?;
         if namespace.pointer("/metadata/deletionTimestamp").is_some() {
-            let what = format!(
-                "{} {:?} is forbidden: unable to create new content in namespace {} because it is being terminated",
-                target.resource.plural, target.name, target.namespace
+            let why = format!(
+                "unable to create new content in namespace {} because it is being terminated",
+                target.namespace
             );
-            return Err(ApiError::forbidden(what));
+            let (group, plural) = (&target.resource.group, &target.resource.plural);
+            return Err(ApiError::forbidden(group, plural, target.name, &why));
         }
         Ok(())
     }
@@ -482,26 +568,21 @@ impl Registry {
         if target.resource.custom {
             metadata.insert("generation".to_owned(), json!(1));
         }
-        if target.resource.kind == "Namespace" {
-            let defaults = namespace(target.name, &options.now);
-            json_patch::merge(
-                &mut body,
-                &json!({"spec": defaults["spec"], "status": defaults["status"], "metadata": {"labels": defaults["metadata"]["labels"]}}),
-            );
-        }
         self.finish(target, &mut body, None)?;
         match entries {
             Some(entries) => body["metadata"]["managedFields"] = entries,
-            None => {
-                let schema = schema_with_metadata(target.resource.schema.as_ref().map(|s| s.schema()));
-                managed::record_update(&schema, None, &mut body, &writer(target, options));
-            }
+            None => self.record(target, None, &mut body, options),
         }
-        Ok(transaction.put(target.key(), body))
+        if target.resource.kind == "Namespace" {
+            let defaults = namespace(target.name, &options.now);
+            (body["spec"], body["status"]) = (defaults["spec"].clone(), defaults["status"].clone());
+        }
+        let put = transaction.put(target.key(), body);
+        Ok(if options.dry_run { unversioned(&put) } else { put })
     }
 
     /// Puts a changed object in place of `old`.
-    fn replace(
+    pub(crate) fn replace(
         &self,
         transaction: &mut Transaction<'_>,
         target: Target<'_>,
@@ -513,31 +594,26 @@ impl Registry {
         self.carry_over(target, old, &mut body);
         managed::keep_or_take_entries(old, &mut body, target.subresource);
         self.finish(target, &mut body, Some(old))?;
-        let schema = schema_with_metadata(target.resource.schema.as_ref().map(|s| s.schema()));
-        managed::record_update(&schema, Some(old), &mut body, &writer(target, options));
-        Ok(self.put_if_changed(transaction, target, old, body))
+        self.record(target, Some(old), &mut body, options);
+        Ok(self.put_if_changed(transaction, target, old, body, options.dry_run))
     }
 
     fn check_preconditions(&self, target: Target<'_>, old: &Value, body: &Value) -> Result<(), ApiError> {
-        for (field, why) in [
-            (
-                "/metadata/uid",
-                "Precondition failed: UID in precondition differs from UID in object meta",
-            ),
-            (
-                "/metadata/resourceVersion",
+        let text = |object: &'_ Value, field: &str| -> String {
+            let text = object.pointer(field).and_then(Value::as_str);
+            text.unwrap_or_default().to_owned()
+        };
+        let (wanted, found) = (text(body, "/metadata/uid"), text(old, "/metadata/uid"));
+        if !wanted.is_empty() && wanted != found {
+            return Err(target.conflict(&format!(
+                "Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}"
+            )));
+        }
+        let wanted = text(body, "/metadata/resourceVersion");
+        if !wanted.is_empty() && wanted != text(old, "/metadata/resourceVersion") {
+            return Err(target.conflict(
                 "the object has been modified; please apply your changes to the latest version and try again",
-            ),
-        ] {
-            let wanted = body
-                .pointer(field)
-                .and_then(Value::as_str)
-                .filter(|text| !text.is_empty());
-            if let Some(wanted) = wanted
-                && old.pointer(field).and_then(Value::as_str) != Some(wanted)
-            {
-                return Err(target.conflict(why));
-            }
+            ));
         }
         Ok(())
     }
@@ -579,6 +655,7 @@ impl Registry {
             "deletionGracePeriodSeconds",
             "generation",
             "resourceVersion",
+            "selfLink",
             "name",
             "namespace",
         ] {
@@ -587,7 +664,10 @@ impl Registry {
                 None => metadata.remove(field),
             };
         }
-        if spec_changed && let Some(generation) = metadata.get("generation").and_then(Value::as_i64) {
+        if spec_changed
+            && target.resource.custom
+            && let Some(generation) = metadata.get("generation").and_then(Value::as_i64)
+        {
             metadata.insert("generation".to_owned(), json!(generation + 1));
         }
     }
@@ -599,7 +679,11 @@ impl Registry {
         target: Target<'_>,
         old: &Value,
         new: Value,
+        dry_run: bool,
     ) -> Arc<Value> {
+        if dry_run {
+            return Arc::new(new);
+        }
         if same_but_times(old, &new) {
             return Arc::new(old.clone());
         }
@@ -613,6 +697,89 @@ impl Registry {
             return last;
         }
         transaction.put(target.key(), new)
+    }
+}
+
+/// The resource version that a body is based on.
+fn revision_of(body: &Value) -> Option<&str> {
+    let text = body.pointer("/metadata/resourceVersion").and_then(Value::as_str);
+    text.filter(|text| !text.is_empty() && *text != "0")
+}
+
+/// What would be there after a dry run has no version yet.
+fn unversioned(object: &Value) -> Arc<Value> {
+    let mut object = object.clone();
+    if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.remove("resourceVersion");
+    }
+    Arc::new(object)
+}
+
+/// apiVersion and kind must be those of the resource.
+fn check_kind(target: Target<'_>, body: &Value, door: Door) -> Result<(), ApiError> {
+    let resource = target.resource;
+    let text = |field: &str| body.get(field).and_then(Value::as_str).unwrap_or_default();
+    let (version, kind) = (text("apiVersion"), text("kind"));
+    let (wanted_version, wanted_kind) = (resource.api_version(), &resource.kind);
+    let (same_version, same_kind) = (version == wanted_version, kind == wanted_kind);
+    if (same_version && same_kind) || !body.is_object() {
+        return Ok(());
+    }
+    let invalid = |field: &str, found: &str, wanted: &str| {
+        let message = format!("Invalid value: {found:?}: must be {wanted}");
+        let cause = Cause::new("FieldValueInvalid", field, message);
+        Err(ApiError::invalid(
+            &resource.group,
+            kind,
+            target.name_in(body),
+            vec![cause],
+        ))
+    };
+    let unlike = |field: &str, found: &str, wanted: &str| {
+        Err(ApiError::bad_request(format!(
+            "the {field} in the data ({found}) does not match the expected {field} ({wanted})"
+        )))
+    };
+    match door {
+        Door::Apply => {
+            let version = if version.is_empty() { "/" } else { version };
+            Err(ApiError::bad_request(format!(
+                "invalid object type: {version}, Kind={kind}"
+            )))
+        }
+        Door::Write if resource.custom && kind.is_empty() => Err(ApiError::bad_request(format!(
+            "the object provided is unrecognized (must be of type {wanted_kind}): Object 'Kind' is missing"
+        ))),
+        Door::Write if !same_version && !version.is_empty() => {
+            unlike("API version", version, &wanted_version)
+        }
+        Door::Patch if resource.custom && !same_version => invalid("apiVersion", version, &wanted_version),
+        _ if same_kind || kind.is_empty() => Ok(()),
+        _ if resource.custom => invalid("kind", kind, wanted_kind),
+        _ => unlike("kind", kind, wanted_kind),
+    }
+}
+
+/// A patch cannot make an object another one.
+fn check_uid(target: Target<'_>, old: &Value, new: &Value) -> Result<(), ApiError> {
+    let uid = |object: &Value| object.pointer("/metadata/uid").cloned();
+    let found = uid(new).filter(|found| !found.is_null());
+    if found.is_none() || found == uid(old) {
+        return Ok(());
+    }
+    let message = format!("Invalid value: {}: field is immutable", found.unwrap_or_default());
+    let cause = Cause::new("FieldValueInvalid", "metadata.uid", message);
+    Err(target.invalid(target.name, vec![cause]))
+}
+
+/// Who applies with a uid means an object that is there.
+fn check_no_uid(target: Target<'_>, body: &Value) -> Result<(), ApiError> {
+    let uid = body.pointer("/metadata/uid").and_then(Value::as_str);
+    match uid.filter(|uid| !uid.is_empty()) {
+        None => Ok(()),
+        Some(uid) => Err(target.conflict(&format!(
+            "uid mismatch: the provided object specified uid {uid}, and no existing object was found"
+        ))),
     }
 }
 

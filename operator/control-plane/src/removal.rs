@@ -33,13 +33,17 @@ impl Registry {
             !(options.dry_run || wanted.dry_run),
             |transaction| {
                 let object = transaction.get(&target.key()).ok_or_else(|| target.not_found())?;
-                for (field, wanted) in [("uid", &wanted.uid), ("resourceVersion", &wanted.resource_version)] {
+                for (field, called, wanted, hint) in [
+                    ("uid", "UID", &wanted.uid, "The object might have been deleted and then recreated"),
+                    ("resourceVersion", "ResourceVersion", &wanted.resource_version, "The object might have been modified"),
+                ] {
                     let found = object.pointer(&format!("/metadata/{field}")).and_then(Value::as_str);
                     if let Some(wanted) = wanted
                         && found != Some(wanted)
                     {
-                        let why = format!("the {field} in the precondition ({wanted}) does not match the {field} in record ({})", found.unwrap_or_default());
-                        return Err(target.conflict(&why));
+                        let why = format!("the {called} in the precondition ({wanted}) does not match the {called} in record ({}). {hint}", found.unwrap_or_default());
+                        let (group, kind) = (&target.resource.group, &target.resource.kind);
+                        return Err(ApiError::conflict(group, kind, target.name, &why));
                     }
                 }
                 if wanted.orphan {
@@ -51,7 +55,7 @@ impl Registry {
         )
     }
 
-    /// Deletes everything that matches, and gives it.
+    /// Deletes everything that matches, and gives it as it was.
     pub(crate) fn delete_collection(
         &self,
         target: Target<'_>,
@@ -71,10 +75,10 @@ impl Registry {
                 for (key, _) in &found {
                     check_removable(target.resource, &key.name)?;
                 }
-                let deleted = found
-                    .into_iter()
-                    .map(|(key, object)| self.start_deletion(transaction, &key, &object, &options.now).0);
-                Ok(deleted.collect())
+                for (key, object) in &found {
+                    self.start_deletion(transaction, key, object, &options.now);
+                }
+                Ok(found.into_iter().map(|(_, object)| object).collect())
             },
             store_failed,
         )
@@ -195,8 +199,8 @@ impl Registry {
 /// The namespaces that everything else stands on stay.
 fn check_removable(resource: &Resource, name: &str) -> Result<(), ApiError> {
     if resource.kind == "Namespace" && NAMESPACES.contains(&name) {
-        let message = format!("namespaces {name:?} is forbidden: this namespace may not be deleted");
-        return Err(ApiError::forbidden(message));
+        let why = "this namespace may not be deleted";
+        return Err(ApiError::forbidden("", "namespaces", name, why));
     }
     Ok(())
 }

@@ -4,6 +4,8 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use serde_json::{Value, json};
 
 use crate::built_in;
+use crate::json::tidy_numbers;
+use crate::scale::Scale;
 use crate::schema::Structural;
 
 /// A column of `kubectl get`.
@@ -35,7 +37,10 @@ pub(crate) struct Resource {
     pub(crate) schema: Option<Structural>,
     /// Whether an update may leave out the `resourceVersion` that it is based on.
     pub(crate) unconditional_update: bool,
+    /// Whether an update makes what is not there.
+    pub(crate) created_by_update: bool,
     pub(crate) status_subresource: bool,
+    pub(crate) scale: Option<Scale>,
     pub(crate) columns: Vec<Column>,
     /// Whether a table begins with the name. One of events tells what happened first.
     pub(crate) name_first: bool,
@@ -54,6 +59,17 @@ pub(crate) const ALL_VERBS: &[&str] = &[
     "list",
     "patch",
     "create",
+    "update",
+    "watch",
+];
+/// The same as built-in kinds list them.
+const BUILT_IN_VERBS: &[&str] = &[
+    "create",
+    "delete",
+    "deletecollection",
+    "get",
+    "list",
+    "patch",
     "update",
     "watch",
 ];
@@ -83,11 +99,13 @@ impl Resource {
             custom: false,
             schema: built_in::schema(kind),
             unconditional_update: kind != "Lease",
+            created_by_update: matches!(kind, "Lease" | "Event"),
             status_subresource: false,
+            scale: None,
             columns: vec![column("Age", "date", ".metadata.creationTimestamp")],
             name_first: true,
             selectable: Vec::new(),
-            verbs: ALL_VERBS,
+            verbs: BUILT_IN_VERBS,
             storage: plural.to_owned(),
         }
     }
@@ -105,6 +123,13 @@ impl Resource {
     fn selectable(mut self, paths: &[&str]) -> Self {
         self.selectable = paths.iter().map(|&path| path.to_owned()).collect();
         self
+    }
+}
+
+fn described(column: Column, description: &str) -> Column {
+    Column {
+        description: description.to_owned(),
+        ..column
     }
 }
 
@@ -134,20 +159,46 @@ fn built_ins() -> Vec<Resource> {
     let age = || column("Age", "date", ".metadata.creationTimestamp");
     let mut namespaces = Resource::built_in("", "v1", "Namespace", "namespaces", false)
         .short(&["ns"])
-        .columns(vec![column("Status", "string", ".status.phase"), age()])
+        .columns(vec![
+            described(
+                column("Status", "string", ".status.phase"),
+                "The status of the namespace",
+            ),
+            age(),
+        ])
         .selectable(&["status.phase"]);
     namespaces.status_subresource = true;
-    let events = |group: &str, involved: &str, message: &str, last: &str| {
+    let events = |group: &str| {
+        let detail = |name: &str, path: &str| Column {
+            priority: 1,
+            ..column(name, "string", path)
+        };
         let columns = vec![
-            column("Last Seen", "date", last),
+            described(
+                column("Last Seen", "string", "@lastSeen"),
+                "The time at which the most recent occurrence of this event was recorded.",
+            ),
             column("Type", "string", ".type"),
             column("Reason", "string", ".reason"),
-            column("Object", "string", involved),
-            column("Message", "string", message),
-            Column {
-                priority: 1,
-                ..column("Name", "string", ".metadata.name")
-            },
+            described(
+                column("Object", "string", "@involvedObject"),
+                "The object that this event is about.",
+            ),
+            detail("Subobject", ".involvedObject.fieldPath"),
+            described(
+                detail("Source", "@source"),
+                "The component reporting this event. Should be a short machine understandable string.",
+            ),
+            column("Message", "string", ".message"),
+            described(
+                detail("First Seen", "@firstSeen"),
+                "The time at which the event was first recorded. (Time of server receipt is in TypeMeta.)",
+            ),
+            described(
+                detail("Count", "@count"),
+                "The number of times this event has occurred.",
+            ),
+            detail("Name", ".metadata.name"),
         ];
         let mut resource = Resource::built_in(group, "v1", "Event", "events", true)
             .short(&["ev"])
@@ -156,7 +207,7 @@ fn built_ins() -> Vec<Resource> {
         resource.name_first = false;
         resource
     };
-    let core_events = events("", "@involvedObject", ".message", "@lastSeen").selectable(&[
+    let core_events = events("").selectable(&[
         "involvedObject.kind",
         "involvedObject.namespace",
         "involvedObject.name",
@@ -169,7 +220,7 @@ fn built_ins() -> Vec<Resource> {
         "source",
         "type",
     ]);
-    let new_events = events("events.k8s.io", "@regarding", ".note", "@lastSeen");
+    let new_events = events("events.k8s.io");
     let mut crds = Resource::built_in(
         "apiextensions.k8s.io",
         "v1",
@@ -263,6 +314,15 @@ fn from_crd(crd: &CustomResourceDefinition) -> Result<Resource, String> {
         custom: true,
         schema: Some(Structural::new(schema)),
         unconditional_update: false,
+        created_by_update: false,
+        scale: version
+            .subresources
+            .as_ref()
+            .and_then(|s| s.scale.as_ref())
+            .map(|scale| {
+                let selector = scale.label_selector_path.as_deref();
+                Scale::new(&scale.spec_replicas_path, &scale.status_replicas_path, selector)
+            }),
         status_subresource: version.subresources.as_ref().is_some_and(|s| s.status.is_some()),
         columns,
         name_first: true,
@@ -279,11 +339,20 @@ pub(crate) fn served_crd(crd: &CustomResourceDefinition, now: &str) -> Value {
     let mut value = serde_json::to_value(crd).unwrap_or_default();
     value["apiVersion"] = json!("apiextensions.k8s.io/v1");
     value["kind"] = json!("CustomResourceDefinition");
-    let condition = |kind: &str, reason: &str| json!({"type": kind, "status": "True", "reason": reason, "message": "", "lastTransitionTime": now});
+    let named = value["spec"]["names"]["listKind"].is_string();
+    if !named {
+        let kind = &crd.spec.names.kind;
+        value["spec"]["names"]["listKind"] = json!(format!("{kind}List"));
+    }
+    if value["spec"]["conversion"].is_null() {
+        value["spec"]["conversion"] = json!({"strategy": "None"});
+    }
+    tidy_numbers(&mut value);
+    let condition = |kind: &str, reason: &str, message: &str| json!({"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": now});
     let versions: Vec<&str> = crd.spec.versions.iter().map(|v| v.name.as_str()).collect();
     value["status"] = json!({
         "acceptedNames": value["spec"]["names"],
-        "conditions": [condition("NamesAccepted", "NoConflicts"), condition("Established", "InitialNamesAccepted")],
+        "conditions": [condition("NamesAccepted", "NoConflicts", "no conflicts found"), condition("Established", "InitialNamesAccepted", "the initial names have been accepted")],
         "storedVersions": versions,
     });
     value

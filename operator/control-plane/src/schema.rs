@@ -73,13 +73,35 @@ impl Structural {
 
     /// What is wrong with the object, empty when nothing is. What an update leaves as it was in `old` is
     /// not held against it, so that an object from before a stricter schema can still be changed.
-    pub(crate) fn validate(&self, object: &Value, old: Option<&Value>) -> Vec<Cause> {
-        let mut causes = validate::validate(&self.schema, &self.patterns, object, old);
+    ///
+    /// `causes` has what is wrong already: rules are asked only of an object that is whole. What is wrong with
+    /// a status that comes through its own door is told as seen from there.
+    pub(crate) fn validate(
+        &self,
+        object: &Value,
+        old: Option<&Value>,
+        subresource: &str,
+        causes: &mut Vec<Cause>,
+    ) {
+        let mut found = validate::validate(&self.schema, &self.patterns, object, old);
+        if !subresource.is_empty() {
+            let above = format!("{subresource}.");
+            for cause in &mut found {
+                let inside = cause.field.strip_prefix(&above).unwrap_or(&cause.field);
+                let (whole, inside) = (format!("{} in body", cause.field), format!("{inside} in body"));
+                cause.message = cause.message.replace(&whole, &inside);
+            }
+        }
+        causes.append(&mut found);
         // Rules assume that the shape is right.
         let blocking = |cause: &Cause| {
             matches!(
                 cause.reason,
-                "FieldValueRequired" | "FieldValueTooLong" | "FieldValueTooMany" | "FieldValueTypeInvalid"
+                "FieldValueNotSupported"
+                    | "FieldValueRequired"
+                    | "FieldValueTooLong"
+                    | "FieldValueTooMany"
+                    | "FieldValueTypeInvalid"
             )
         };
         if !self.rules.is_empty() && causes.iter().any(blocking) {
@@ -87,12 +109,11 @@ impl Structural {
         } else {
             causes.extend(self.rules.check(object, old));
         }
-        causes
     }
 }
 
 /// What the API server adds when a broken shape kept it from asking the rules.
-const NOT_CHECKED: &str = "Invalid value: \"null\": some validation rules were not checked because the object was invalid; correct the existing errors to complete validation";
+const NOT_CHECKED: &str = "Invalid value: null: some validation rules were not checked because the object was invalid; correct the existing errors to complete validation";
 
 /// Fields of ObjectMeta.
 const METADATA_FIELDS: &[&str] = &[
@@ -187,6 +208,10 @@ fn default(schema: &Value, value: &mut Value) {
             }
             if let Some(additional) = schema.get("additionalProperties").filter(|a| a.is_object()) {
                 let known = schema.get("properties").and_then(Value::as_object);
+                let nullable = flag(additional, "nullable");
+                object.retain(|key, value| {
+                    nullable || !value.is_null() || known.is_some_and(|known| known.contains_key(key))
+                });
                 for (key, value) in object.iter_mut() {
                     if known.is_none_or(|k| !k.contains_key(key)) {
                         default(additional, value);

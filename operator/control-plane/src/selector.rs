@@ -61,7 +61,11 @@ impl Selector {
         });
         labels_match
             && self.fields.iter().all(|(path, wanted, differ)| {
-                let pointer = format!("/{}", path.replace('.', "/"));
+                let pointer = match path.as_str() {
+                    // Of an event: who tells it.
+                    "source" => "/source/component".to_owned(),
+                    path => format!("/{}", path.replace('.', "/")),
+                };
                 let found = match object.pointer(&pointer) {
                     Some(Value::String(text)) => text.clone(),
                     Some(Value::Null) | None => String::new(),
@@ -176,22 +180,25 @@ fn parse_requirement(tokens: &mut Peekable<IntoIter<Token>>) -> Result<Requireme
         _ => {}
     }
     let operator = tokens.next().unwrap_or(Token::End);
-    let one = |tokens: &mut Peekable<IntoIter<Token>>| match tokens.next_if(|t| matches!(t, Token::Word(_))) {
-        Some(word) => word.text().to_owned(),
-        None => String::new(),
+    let one = |tokens: &mut Peekable<IntoIter<Token>>| match tokens.peek() {
+        None | Some(Token::Sign(",")) => Ok(String::new()),
+        Some(Token::Word(_)) => Ok(tokens.next().unwrap_or(Token::End).text().to_owned()),
+        Some(found) => Err(format!("found '{}', expected: identifier", found.text())),
     };
     let number = |text: String| {
         text.parse::<i64>().map_err(|_| {
-            format!("values[0][{key}]: Invalid value: {text:?}: for 'Gt', 'Lt' operators, the value must be an integer")
+            format!(
+                "values[0]: Invalid value: {text:?}: for 'Gt', 'Lt' operators, the value must be an integer"
+            )
         })
     };
     let requirement = match operator.text() {
         "in" => Requirement::In(key, set(tokens)?),
         "notin" => Requirement::NotIn(key, set(tokens)?),
-        "=" | "==" => Requirement::In(key, vec![one(tokens)]),
-        "!=" => Requirement::NotIn(key, vec![one(tokens)]),
-        ">" => Requirement::GreaterThan(key.clone(), number(one(tokens))?),
-        "<" => Requirement::LessThan(key.clone(), number(one(tokens))?),
+        "=" | "==" => Requirement::In(key, vec![one(tokens)?]),
+        "!=" => Requirement::NotIn(key, vec![one(tokens)?]),
+        ">" => Requirement::GreaterThan(key.clone(), number(one(tokens)?)?),
+        "<" => Requirement::LessThan(key.clone(), number(one(tokens)?)?),
         found => {
             return Err(format!("found '{found}', expected: in, notin, =, ==, !=, gt, lt"));
         }
@@ -235,15 +242,20 @@ fn parse_fields(resource: &Resource, text: &str) -> Result<Vec<(String, String, 
             (path, value, false)
         } else {
             return Err(ApiError::bad_request(format!(
-                "invalid selector: {part:?}; can't understand {part:?}"
+                "invalid selector: '{part}'; can't understand '{part}'"
             )));
         };
         let known = matches!(path, "metadata.name" | "metadata.namespace")
             || resource.selectable.iter().any(|s| s == path);
         if !known {
-            return Err(ApiError::bad_request(format!(
-                "field label not supported: {path}"
-            )));
+            let plain = !resource.custom && resource.selectable.is_empty();
+            return Err(ApiError::bad_request(if plain {
+                format!(
+                    "{path:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
+                )
+            } else {
+                format!("field label not supported: {path}")
+            }));
         }
         fields.push((path.to_owned(), value.to_owned(), differ));
     }

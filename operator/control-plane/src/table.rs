@@ -8,6 +8,37 @@ use crate::resource::{Column, Resource};
 /// What Kubernetes says of every name.
 const NAME: &str = "Name must be unique within a namespace. Is required when creating resources, although some resources may allow a client to request the generation of an appropriate name automatically. Name is primarily intended for creation idempotence and configuration definition. Cannot be updated. More info: https://kubernetes.io/docs/concepts/overview/working-with-objects/names#names";
 
+/// What a column is: what its definition says, or the documentation of the field that it shows.
+fn described(resource: &Resource, column: &Column) -> String {
+    if !column.description.is_empty() {
+        return column.description.clone();
+    }
+    if resource.custom {
+        return format!(
+            "Custom resource definition column (in JSONPath format): {}",
+            column.path
+        );
+    }
+    if column.path == ".metadata.name" {
+        return NAME.to_owned();
+    }
+    if column.path == ".metadata.creationTimestamp" {
+        return CREATED.to_owned();
+    }
+    let path = if column.path == "@dataCount" {
+        ".data"
+    } else {
+        &column.path
+    };
+    let pointer = path.replace('.', "/properties/") + "/description";
+    let schema = resource.schema.as_ref().map(crate::schema::Structural::schema);
+    let found = schema.and_then(|schema| schema.pointer(&pointer)?.as_str());
+    found.unwrap_or_default().to_owned()
+}
+
+/// What Kubernetes says of every age.
+const CREATED: &str = "CreationTimestamp is a timestamp representing the server time when this object was created. It is not guaranteed to be set in happens-before order across separate operations. Clients may not set this value. It is represented in RFC3339 form and is in UTC.\n\nPopulated by the system. Read-only. Null for lists. More info: https://git.k8s.io/community/contributors/devel/sig-architecture/api-conventions.md#metadata";
+
 /// A table over `objects`.
 pub(crate) fn table(resource: &Resource, objects: &[&Value], metadata: Value, include_object: &str) -> Value {
     let mut definitions = Vec::new();
@@ -19,12 +50,9 @@ pub(crate) fn table(resource: &Resource, objects: &[&Value], metadata: Value, in
     }
     definitions.extend(resource.columns.iter().map(|column| {
         json!({
-            "name": column.name, "type": column.kind, "format": "", "priority": column.priority,
-            "description": if column.description.is_empty() && resource.custom {
-                format!("Custom resource definition column (in JSONPath format): {}", column.path)
-            } else {
-                column.description.clone()
-            },
+            "name": column.name, "type": if resource.custom || resource.kind == DEFINITION { &column.kind } else { "string" },
+            "format": if column.path == ".metadata.name" { "name" } else { "" }, "priority": column.priority,
+            "description": described(resource, column),
         })
     }));
     let rows: Vec<Value> = objects
@@ -44,10 +72,18 @@ fn row(resource: &Resource, object: &Value, include_object: &str) -> Value {
     } else {
         Vec::new()
     };
-    cells.extend(resource.columns.iter().map(|column| cell(column, object)));
+    // Events are printed in their older form, whichever group is asked.
+    let core = (resource.group == "events.k8s.io").then(|| crate::events::to_core(object));
+    let object = core.as_ref().unwrap_or(object);
+    cells.extend(
+        resource
+            .columns
+            .iter()
+            .map(|column| cell(column, object, resource.custom)),
+    );
     let mut row = json!({"cells": cells});
     let attached = match include_object {
-        "None" => None,
+        "None" => Some(Value::Null),
         "Object" => Some(object.clone()),
         _ => Some(partial(object)),
     };
@@ -65,33 +101,86 @@ pub(crate) fn partial(object: &Value) -> Value {
     })
 }
 
-fn cell(column: &Column, object: &Value) -> Value {
-    let involved = |key: &str| {
-        let reference = object.get(key).unwrap_or(&Value::Null);
-        let text = |name: &str| reference.get(name).and_then(Value::as_str).unwrap_or_default();
-        json!(format!("{}/{}", text("kind").to_lowercase(), text("name")))
+/// Definitions of kinds are listed by a printer of their own, which shows times as they are.
+const DEFINITION: &str = "CustomResourceDefinition";
+const UNKNOWN: &str = "<unknown>";
+
+/// How long ago the first of these times is that is there.
+fn seen(object: &Value, pointers: &[&str]) -> String {
+    let time = pointers
+        .iter()
+        .find_map(|pointer| object.pointer(pointer)?.as_str());
+    time.map_or(UNKNOWN.to_owned(), |time| age(time, jiff::Timestamp::now()))
+}
+
+fn cell(column: &Column, object: &Value, custom: bool) -> Value {
+    let text = |pointer: &str| {
+        object
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    };
+    let first = || {
+        seen(
+            object,
+            &["/firstTimestamp", "/deprecatedFirstTimestamp", "/eventTime"],
+        )
     };
     let value = match column.path.as_str() {
         "@dataCount" => {
-            let count = object
-                .get("data")
-                .and_then(Value::as_object)
-                .map_or(0, serde_json::Map::len);
-            return json!(count);
+            let count = |map: &str| {
+                object
+                    .get(map)
+                    .and_then(Value::as_object)
+                    .map_or(0, serde_json::Map::len)
+            };
+            return json!(count("data") + count("binaryData"));
         }
-        "@involvedObject" => return involved("involvedObject"),
-        "@regarding" => return involved("regarding"),
-        "@lastSeen" => [
-            "/series/lastObservedTime",
-            "/lastTimestamp",
-            "/eventTime",
-            "/deprecatedLastTimestamp",
-            "/metadata/creationTimestamp",
-        ]
-        .iter()
-        .find_map(|pointer| object.pointer(pointer).filter(|value| value.is_string())),
+        "@involvedObject" => {
+            let (kind, name) = (text("/involvedObject/kind"), text("/involvedObject/name"));
+            return json!(format!("{}/{name}", kind.to_lowercase()));
+        }
+        "@source" => {
+            let either = |one: &str, other: &str| {
+                if one.is_empty() {
+                    other.to_owned()
+                } else {
+                    one.to_owned()
+                }
+            };
+            let parts = [
+                either(text("/source/component"), text("/reportingComponent")),
+                either(text("/source/host"), text("/reportingInstance")),
+            ];
+            let parts: Vec<&str> = parts
+                .iter()
+                .map(String::as_str)
+                .filter(|part| !part.is_empty())
+                .collect();
+            return json!(parts.join(", "));
+        }
+        "@count" => {
+            let count = |pointer: &str| {
+                object
+                    .pointer(pointer)
+                    .and_then(Value::as_i64)
+                    .filter(|count| *count > 0)
+            };
+            return json!(count("/series/count").or(count("/count")).unwrap_or(1));
+        }
+        "@firstSeen" => return json!(first()),
+        "@lastSeen" => {
+            let last = seen(object, &["/series/lastObservedTime", "/lastTimestamp"]);
+            return json!(if last == UNKNOWN { first() } else { last });
+        }
         path => lookup(object, path),
     };
+    if !custom && column.name == "Created At" {
+        return value.cloned().unwrap_or_default();
+    }
+    if !custom && column.kind == "string" {
+        return json!(value.map(show).unwrap_or_default().trim());
+    }
     let Some(value) = value else { return Value::Null };
     match column.kind.as_str() {
         "string" => json!(show(value)),
@@ -171,7 +260,11 @@ mod tests {
             ("date", ".a.time", json!("<invalid>")),
             ("date", ".a.whole", Value::Null),
         ] {
-            assert_eq!(cell(&column(kind, path), &object), cell_value, "{kind} at {path}");
+            assert_eq!(
+                cell(&column(kind, path), &object, true),
+                cell_value,
+                "{kind} at {path}"
+            );
         }
     }
 

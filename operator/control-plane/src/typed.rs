@@ -88,7 +88,7 @@ fn list(schema: &Value, items: &[Value], path: &str, errors: &mut Vec<String>) {
                     errors.push(format!("{path}: element {index}: {why}"));
                     continue;
                 }
-                let element = item_element(item, keys);
+                let element = item_element(item_schema(Some(schema)), item, keys);
                 let shown = written(&element);
                 if seen.contains(&element) {
                     errors.push(format!("{path}: duplicate entries for key {shown}"));
@@ -136,14 +136,9 @@ fn identifiable(keys: &ListKeys, schema: &Value, item: &Value) -> Result<(), Str
             if absent.is_empty() || absent.len() < names.len() {
                 return Ok(());
             }
-            Err(match names.as_slice() {
-                [name] => format!(
-                    "associative list with keys has an element that omits key field {name:?} (and doesn't have default value)"
-                ),
-                names => format!(
-                    "associative list with keys has an element that omits all key fields {names:?} (and doesn't have default values for any key fields)"
-                ),
-            })
+            Err(format!(
+                "associative list with keys has an element that omits all key fields {names:?} (and doesn't have default values for any key fields)"
+            ))
         }
     }
 }
@@ -260,7 +255,7 @@ mod tests {
             ),
             (
                 json!({"parts": [{"n": 1}]}),
-                ".spec.parts: element 0: associative list with keys has an element that omits key field \"name\" (and doesn't have default value)",
+                ".spec.parts: element 0: associative list with keys has an element that omits all key fields [\"name\"] (and doesn't have default values for any key fields)",
             ),
             (
                 json!({"parts": [{"name": "a", "n": "b"}]}),

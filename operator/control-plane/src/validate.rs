@@ -237,7 +237,7 @@ impl Validation<'_> {
         let mut found = Vec::new();
         let mut fail = |what: String| {
             let message = format!("Invalid value: \"\": {at:?} {what}");
-            found.push(Cause::new("FieldValueInvalid", at, message));
+            found.push(Cause::new("FieldValueInvalid", "<nil>", message));
         };
         let mut more = Vec::new();
         let any = results("anyOf");

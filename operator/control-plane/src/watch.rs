@@ -54,6 +54,18 @@ const BOOKMARK_EVERY: Duration = Duration::from_secs(60);
 /// Changes that are read from the ring at once.
 const BATCH: usize = 64;
 
+/// A client whose watch is about to end gets a last bookmark, to go on from.
+const BOOKMARK_BEFORE_END: Duration = Duration::from_secs(2);
+
+fn next_bookmark(at: Instant, ends: Instant) -> Instant {
+    let last = ends.checked_sub(BOOKMARK_BEFORE_END).unwrap_or(ends);
+    if at < last {
+        last.min(at + BOOKMARK_EVERY)
+    } else {
+        at
+    }
+}
+
 struct Watch {
     registry: Arc<Registry>,
     resource: usize,
@@ -83,7 +95,7 @@ pub(crate) fn watch(
         cursor: 0,
         ready: VecDeque::new(),
         ends: now + options.timeout,
-        next_bookmark: now + BOOKMARK_EVERY,
+        next_bookmark: next_bookmark(now, now + options.timeout),
         latest,
         registry,
         resource,
@@ -151,7 +163,7 @@ impl Watch {
             .resource()
             .map(|r| (r.api_version(), r.kind.clone()))
             .unwrap_or_default();
-        let metadata = json!({"resourceVersion": self.cursor.to_string(), "creationTimestamp": null});
+        let metadata = json!({"resourceVersion": self.cursor.to_string()});
         json!({"type": "BOOKMARK", "object": {"kind": kind, "apiVersion": api_version, "metadata": metadata}})
     }
 
@@ -175,7 +187,7 @@ impl Watch {
                 () = sleep_until(self.ends) => self.ended = true,
                 () = self.shutdown.cancelled() => self.ended = true,
                 () = sleep_until(self.next_bookmark) => {
-                    self.next_bookmark = Instant::now() + BOOKMARK_EVERY;
+                    self.next_bookmark = next_bookmark(Instant::now() + BOOKMARK_EVERY, self.ends);
                     if self.options.bookmarks {
                         let line = self.bookmark();
                         self.ready.push_back(to_line(&line));

@@ -95,8 +95,8 @@ async fn bodies_that_are_not_what_they_should_be() {
         &api,
         post.clone(),
         widget(json!({"kind": "Gadget"})),
-        400,
-        "does not match the expected kind (Widget)",
+        422,
+        "kind: Invalid value: \"Gadget\": must be Widget",
     )
     .await;
     refused(
@@ -104,7 +104,7 @@ async fn bodies_that_are_not_what_they_should_be() {
         post.clone(),
         widget(json!({"apiVersion": "v2"})),
         400,
-        "does not match the expected apiVersion",
+        "does not match the expected API version",
     )
     .await;
     refused(
@@ -212,7 +212,15 @@ async fn bodies_that_are_not_what_they_should_be() {
 async fn patches_that_are_not_patches() {
     let api = in_memory();
     let path = format!("{WIDGETS}/w");
-    let patch = |kind: &'static str| (Method::PATCH, path.as_str(), kind);
+    let managed = format!("{path}?fieldManager=me");
+    let patch = |kind: &'static str| {
+        let applies = kind == "application/apply-patch+yaml";
+        (
+            Method::PATCH,
+            if applies { managed.as_str() } else { path.as_str() },
+            kind,
+        )
+    };
     let (json, merge, apply) = (
         "application/json-patch+json",
         "application/merge-patch+json",
@@ -239,8 +247,8 @@ async fn patches_that_are_not_patches() {
         &api,
         patch(json),
         r#"[{"op":"fly","path":"/spec"}]"#,
-        400,
-        "error decoding patch",
+        422,
+        "the server rejected our request",
     )
     .await;
     refused(
@@ -261,6 +269,8 @@ async fn patches_that_are_not_patches() {
     .await;
     refused(&api, patch(merge), "[]", 400, "the body must be a Widget object").await;
     refused(&api, patch(merge), r#"{"metadata":{"name":"other"}}"#, 400, "").await;
+    let unmanaged = (Method::PATCH, path.as_str(), apply);
+    refused(&api, unmanaged, "{}", 422, "is required for apply patch").await;
     refused(&api, patch(apply), "a: [", 400, "the body is not valid YAML").await;
     refused(
         &api,
@@ -310,7 +320,7 @@ async fn paths_and_parameters_that_nobody_serves() {
             "could not find the requested resource",
         ),
         ("/apis/other.example.com/v1".to_owned(), 404, "could not find"),
-        (format!("{WIDGETS}/w/scale"), 404, "could not find"),
+        (format!("{WIDGETS}/w/scale"), 404, "\"w\" not found"),
         (format!("{WIDGETS}/w/status/more"), 404, "could not find"),
         ("/apis/test.example.com/v1/widgets/w".to_owned(), 404, ""),
         (
@@ -328,7 +338,7 @@ async fn paths_and_parameters_that_nobody_serves() {
             400,
             "field label not supported: spec.size",
         ),
-        (format!("{WIDGETS}?limit=-1"), 400, "limit"),
+        (format!("{WIDGETS}?limit=many"), 400, "limit"),
         (format!("{WIDGETS}?limit=99999999999999999999999"), 400, "limit"),
         (
             format!("{WIDGETS}?watch=true&resourceVersion=x"),
@@ -352,14 +362,21 @@ async fn paths_and_parameters_that_nobody_serves() {
         &format!("fieldManager={}", "m".repeat(129)),
     ] {
         let path = format!("{WIDGETS}?{query}");
-        refused(&api, (Method::POST, &path, "application/json"), body(), 400, "").await;
+        refused(
+            &api,
+            (Method::POST, &path, "application/json"),
+            body(),
+            422,
+            "CreateOptions",
+        )
+        .await;
     }
     let wrong = refused(
         &api,
         (Method::PUT, WIDGETS, "application/json"),
         body(),
-        405,
-        "does not allow this method",
+        400,
+        "name must be provided",
     );
     wrong.await;
     refused(
@@ -384,7 +401,7 @@ async fn paths_and_parameters_that_nobody_serves() {
         &*format!("{WIDGETS}/w/status"),
         "application/json",
     );
-    refused(&api, status, "", 404, "").await;
+    refused(&api, status, "", 405, "delete is not supported").await;
 }
 
 /// Time stands still but for the waiting.

@@ -150,7 +150,7 @@ async fn each_door_writes_its_half_of_the_object() {
     );
     assert_eq!(patched.meta().generation, Some(2));
 
-    let applied = json!({"apiVersion": "test.example.com/v1", "kind": "Widget", "status": {"conditions": [{"type": "Ready", "status": "True"}]}});
+    let applied = json!({"apiVersion": "test.example.com/v1", "kind": "Widget", "metadata": {"name": "w"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}});
     let manager = PatchParams::apply("agent");
     let status = api
         .patch_status("w", &manager, &Patch::Apply(&applied))
@@ -441,13 +441,19 @@ async fn names_are_generated_and_checked() {
     unnamed.metadata.generate_name = Some("w-".into());
     let made = api.create(&create(), &unnamed).await.unwrap();
     assert!(made.name_any().starts_with("w-") && made.name_any().len() == 7);
-    for name in ["Upper", "under_score", "-dash", "a/b", &"x".repeat(254)] {
+    for (name, why) in [
+        ("Upper", "RFC 1123"),
+        ("under_score", "RFC 1123"),
+        ("-dash", "RFC 1123"),
+        ("a/b", "RFC 1123"),
+        (&"x".repeat(254), "no more than 253 characters"),
+    ] {
         let refused = refusal(
             api.create(&create(), &widget(name, &json!({"color": "red"})))
                 .await,
         );
         assert!(
-            refused.code == 422 && refused.message.contains("RFC 1123"),
+            refused.code == 422 && refused.message.contains(why),
             "{name}: {}",
             refused.message
         );
@@ -480,7 +486,8 @@ async fn secrets_fold_their_texts_and_default_their_type() {
         (data["a"].0.as_slice(), data["b"].0.as_slice()),
         (&b"one"[..], &b"three"[..])
     );
-    let applied = json!({"apiVersion": "v1", "kind": "Secret", "stringData": {"c": "four"}});
+    let applied =
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}, "stringData": {"c": "four"}});
     let data = api
         .patch("s", &PatchParams::apply("me"), &Patch::Apply(applied))
         .await

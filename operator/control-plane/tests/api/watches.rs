@@ -228,7 +228,7 @@ async fn a_controller_reconciles_what_changes_and_then_rests() {
             context.1.fetch_add(1, Ordering::SeqCst);
             let color = object.data["spec"]["color"].clone();
             let status =
-                json!({"apiVersion": "test.example.com/v1", "kind": "Widget", "status": {"phase": color}});
+                json!({"apiVersion": "test.example.com/v1", "kind": "Widget", "metadata": {"name": object.name_any()}, "status": {"phase": color}});
             let parameters = PatchParams::apply("painter").force();
             context
                 .0

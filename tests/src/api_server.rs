@@ -1,0 +1,314 @@
+//! A real kube-apiserver on this machine, over etcd or over kine with SQLite.
+//!
+//! ```text
+//!  test ──TLS, token──▶ kube-apiserver ──▶ etcd (a port) or kine (a socket) ──▶ folder of the test
+//! ```
+//! Everything lies in one temporary folder and listens on loopback only. `FREEHOLD_TEST_KUBECONFIG` puts a
+//! cluster of the reader's own in its place.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{Api, Patch, PatchParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::wait::{await_condition, conditions};
+use kube::{Client, Config};
+use tempfile::TempDir;
+
+use crate::child::Program;
+use crate::parts::part;
+
+/// A server that is not ready by then will not be.
+const START: Duration = Duration::from_secs(90);
+/// Another program may take a port between our asking for a free one and the server's listening on it.
+const ATTEMPTS: usize = 3;
+
+/// What keeps the objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// etcd, as most clusters have it.
+    Etcd,
+    /// kine over SQLite, as k3s has it on a single server.
+    Kine,
+}
+
+/// Who a token of [`ApiServer::client_as`] speaks for.
+#[derive(Clone, Debug)]
+pub struct User {
+    /// Its name.
+    pub name: String,
+    /// Its groups.
+    pub groups: Vec<String>,
+}
+
+/// A running API server. Dropping it ends it.
+#[derive(Debug)]
+pub struct ApiServer {
+    kubeconfig: PathBuf,
+    url: String,
+    authority: PathBuf,
+    programs: Vec<Program>,
+    folder: TempDir,
+}
+
+/// The token of the owner, who may do everything.
+const OWNER: &str = "owner-token";
+
+impl ApiServer {
+    /// Starts one and waits until it is ready.
+    ///
+    /// # Errors
+    /// When a part is missing or ends early; its last words are in the error.
+    pub async fn start(storage: Storage) -> Result<Self> {
+        Self::start_with(storage, &[], &[]).await
+    }
+
+    /// The same with more users, and more arguments of kube-apiserver.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_with(storage: Storage, users: &[User], arguments: &[String]) -> Result<Self> {
+        let mut failure = None;
+        for _ in 0..ATTEMPTS {
+            match Self::attempt(storage, users, arguments).await {
+                Ok(server) => return Ok(server),
+                Err(error) if format!("{error:#}").contains("address already in use") => {
+                    failure = Some(error)
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(failure.context("no attempt was made")?)
+    }
+
+    async fn attempt(storage: Storage, users: &[User], arguments: &[String]) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("freehold-api-").tempdir()?;
+        let path = folder.path();
+        let (store, endpoint) = start_storage(storage, path).await?;
+        write_identities(path, users)?;
+        let port = free_port()?;
+        let file = |name: &str| path.join(name).display().to_string();
+        let mut all = vec![
+            format!("--etcd-servers={endpoint}"),
+            "--bind-address=127.0.0.1".to_owned(),
+            "--advertise-address=127.0.0.1".to_owned(),
+            "--endpoint-reconciler-type=none".to_owned(),
+            format!("--secure-port={port}"),
+            format!("--cert-dir={}", file("certificates")),
+            format!("--token-auth-file={}", file("tokens")),
+            "--authorization-mode=Node,RBAC".to_owned(),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            format!("--service-account-key-file={}", file("service-account.pub")),
+            format!(
+                "--service-account-signing-key-file={}",
+                file("service-account.key")
+            ),
+            "--service-cluster-ip-range=10.43.0.0/24".to_owned(),
+        ];
+        all.extend_from_slice(arguments);
+        let program = Program::start("kube-apiserver", &part("kube-apiserver")?, &all, path)?;
+        let mut server = Self {
+            kubeconfig: path.join("kubeconfig"),
+            url: format!("https://127.0.0.1:{port}"),
+            authority: path.join("certificates/apiserver.crt"),
+            programs: vec![program, store],
+            folder,
+        };
+        server.until_ready().await?;
+        let owner = server.kubeconfig_of(OWNER)?;
+        std::fs::write(&server.kubeconfig, serde_yaml::to_string(&owner)?)?;
+        Ok(server)
+    }
+
+    async fn until_ready(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let mut last = "nothing was heard".to_owned();
+        while started.elapsed() < START {
+            for program in &mut self.programs {
+                if let Some(why) = program.ended() {
+                    bail!("{why}");
+                }
+            }
+            if self.authority.is_file() {
+                match self.ready().await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => last = format!("{error:#}"),
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let words: Vec<String> = self.programs.iter().map(Program::last_words).collect();
+        bail!(
+            "the API server was not ready within {START:?}: {last}\n{}",
+            words.join("\n")
+        );
+    }
+
+    async fn ready(&self) -> Result<()> {
+        let client = self.client_of(OWNER).await?;
+        let request = http::Request::get("/readyz").body(Vec::new())?;
+        let text = client.request_text(request).await?;
+        anyhow::ensure!(text == "ok", "/readyz says {text}");
+        Ok(())
+    }
+
+    fn kubeconfig_of(&self, token: &str) -> Result<Kubeconfig> {
+        let authority = &self.authority;
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: test\nclusters:\n- name: test\n  cluster: {{server: \"{}\", certificate-authority: {authority:?}}}\nusers:\n- name: test\n  user: {{token: \"{token}\"}}\ncontexts:\n- name: test\n  context: {{cluster: test, user: test, namespace: default}}\n",
+            self.url,
+        );
+        Ok(Kubeconfig::from_yaml(&text)?)
+    }
+
+    async fn client_of(&self, token: &str) -> Result<Client> {
+        let (kubeconfig, options) = (self.kubeconfig_of(token)?, KubeConfigOptions::default());
+        let config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
+        Ok(Client::try_from(config)?)
+    }
+
+    /// A client of one who may do everything.
+    ///
+    /// # Errors
+    /// When the kubeconfig does not read.
+    pub async fn client(&self) -> Result<Client> {
+        self.client_of(OWNER).await
+    }
+
+    /// A client of a user that was given to [`Self::start_with`].
+    ///
+    /// # Errors
+    /// When the kubeconfig does not read.
+    pub async fn client_as(&self, user: &User) -> Result<Client> {
+        self.client_of(&token_of(user)).await
+    }
+
+    /// The owner's kubeconfig.
+    #[must_use]
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// A folder that goes with the server.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The process ids of kube-apiserver and of what keeps its objects.
+    #[must_use]
+    pub fn process_ids(&self) -> Vec<u32> {
+        self.programs.iter().map(Program::id).collect()
+    }
+}
+
+/// Makes the API server know the kinds of `crds`, and waits until it serves them.
+///
+/// # Errors
+/// When it refuses one.
+pub async fn install(client: &Client, crds: &[CustomResourceDefinition]) -> Result<()> {
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for crd in crds {
+        let name = crd.metadata.name.as_deref().context("a CRD has no name")?;
+        let parameters = PatchParams::apply("freehold-tests").force();
+        api.patch(name, &parameters, &Patch::Apply(crd))
+            .await
+            .with_context(|| format!("failed to install CRD {name}"))?;
+    }
+    for crd in crds {
+        let name = crd.metadata.name.as_deref().context("a CRD has no name")?;
+        let established = await_condition(api.clone(), name, conditions::is_crd_established());
+        tokio::time::timeout(START, established)
+            .await
+            .with_context(|| format!("CRD {name} was not established within {START:?}"))??;
+    }
+    Ok(())
+}
+
+/// Starts what keeps the objects and waits until it listens: an API server that comes first takes half a
+/// minute to try again.
+async fn start_storage(storage: Storage, folder: &Path) -> Result<(Program, String)> {
+    let data = folder.join("data");
+    std::fs::create_dir_all(&data)?;
+    match storage {
+        Storage::Etcd => {
+            let (clients, peers) = (free_port()?, free_port()?);
+            let endpoint = format!("http://127.0.0.1:{clients}");
+            let arguments = [
+                format!("--data-dir={}", data.display()),
+                format!("--listen-client-urls={endpoint}"),
+                format!("--advertise-client-urls={endpoint}"),
+                format!("--listen-peer-urls=http://127.0.0.1:{peers}"),
+                format!("--initial-advertise-peer-urls=http://127.0.0.1:{peers}"),
+                format!("--initial-cluster=default=http://127.0.0.1:{peers}"),
+            ];
+            let mut program = Program::start("etcd", &part("etcd")?, &arguments, folder)?;
+            until(&mut program, || {
+                std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, clients)).is_ok()
+            })
+            .await?;
+            Ok((program, endpoint))
+        }
+        Storage::Kine => {
+            let endpoint = format!("unix://{}", folder.join("kine.sock").display());
+            let database = data.join("state.db");
+            let arguments = [
+                format!("--listen-address={endpoint}"),
+                format!(
+                    "--endpoint=sqlite://{}?_journal=WAL&cache=shared&_busy_timeout=30000&_txlock=immediate",
+                    database.display()
+                ),
+                "--metrics-bind-address=0".to_owned(),
+            ];
+            let mut program = Program::start("kine", &part("kine")?, &arguments, folder)?;
+            let socket = folder.join("kine.sock");
+            until(&mut program, || socket.exists()).await?;
+            Ok((program, endpoint))
+        }
+    }
+}
+
+async fn until(program: &mut Program, listens: impl Fn() -> bool) -> Result<()> {
+    let started = Instant::now();
+    while !listens() {
+        if let Some(why) = program.ended() {
+            bail!("{why}");
+        }
+        if started.elapsed() > START {
+            bail!("it did not listen within {START:?}:\n{}", program.last_words());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+fn token_of(user: &User) -> String {
+    format!("token-of-{}", user.name.replace([':', '/'], "-"))
+}
+
+/// Who may speak to the server, and the key with which it signs the tokens of service accounts.
+fn write_identities(folder: &Path, users: &[User]) -> Result<()> {
+    let mut tokens = format!("{OWNER},owner,owner,system:masters\n");
+    for user in users {
+        let groups = user.groups.join(",");
+        tokens.push_str(&format!(
+            "{},{},{},\"{groups}\"\n",
+            token_of(user),
+            user.name,
+            user.name
+        ));
+    }
+    std::fs::write(folder.join("tokens"), tokens)?;
+    let key = rcgen::KeyPair::generate()?;
+    std::fs::write(folder.join("service-account.key"), key.serialize_pem())?;
+    std::fs::write(folder.join("service-account.pub"), key.public_key_pem())?;
+    Ok(())
+}
+
+fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    Ok(listener.local_addr()?.port())
+}

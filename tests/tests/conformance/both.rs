@@ -1,0 +1,97 @@
+//! The two servers.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use freehold_control_plane::{ControlPlane, Options, Server};
+use freehold_tests::api_server::{ApiServer, Storage, install};
+use freehold_tests::exchange::{Answer, Request, send};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use serde_json::json;
+use tempfile::TempDir;
+
+/// A real server and the embedded one, with the same kinds.
+pub struct Both {
+    pub real: Client,
+    pub embedded: Client,
+    pub control_plane: ControlPlane,
+    pub real_kubeconfig: PathBuf,
+    /// In front of every namespace, so that a cluster that is used for more keeps its own.
+    pub prefix: String,
+    _server: Option<ApiServer>,
+}
+
+/// The kinds of this project, and the Gadget, which has a little of everything.
+pub fn crds() -> Vec<CustomResourceDefinition> {
+    let mut crds = freehold_crds::all();
+    crds.push(serde_yaml::from_str(include_str!("gadget.yaml")).unwrap());
+    crds
+}
+
+impl Both {
+    pub async fn start() -> Self {
+        Self::start_on(Storage::Etcd).await
+    }
+
+    pub async fn start_on(storage: Storage) -> Self {
+        let control_plane = ControlPlane::open(Options {
+            data_dir: None,
+            crds: crds(),
+        })
+        .unwrap();
+        let named = std::env::var_os("FREEHOLD_TEST_KUBECONFIG").map(PathBuf::from);
+        let (real, real_kubeconfig, server) = match named {
+            Some(path) => {
+                let kubeconfig = Kubeconfig::read_from(&path).unwrap();
+                let options = KubeConfigOptions::default();
+                let config = Config::from_custom_kubeconfig(kubeconfig, &options)
+                    .await
+                    .unwrap();
+                (Client::try_from(config).unwrap(), path, None)
+            }
+            None => {
+                let server = ApiServer::start(storage).await.unwrap();
+                let client = server.client().await.unwrap();
+                (client, server.kubeconfig().to_owned(), Some(server))
+            }
+        };
+        install(&real, &crds()).await.unwrap();
+        Self {
+            embedded: control_plane.client(),
+            control_plane,
+            real,
+            real_kubeconfig,
+            prefix: format!("c{}", std::process::id()),
+            _server: server,
+        }
+    }
+
+    /// The same request to both.
+    pub async fn ask(&self, real: &Request, embedded: &Request) -> (Answer, Answer) {
+        let answers = tokio::join!(send(&self.real, real), send(&self.embedded, embedded));
+        (answers.0.unwrap(), answers.1.unwrap())
+    }
+
+    /// A namespace that nobody else uses.
+    pub async fn namespace(&self, name: &str) -> String {
+        let name = format!("{}-{name}", self.prefix);
+        let body = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        let request = Request::new("POST", "/api/v1/namespaces").with_body("application/json", &body);
+        let (real, embedded) = self.ask(&request, &request).await;
+        assert_eq!((real.code, embedded.code), (201, 201), "{real:?} {embedded:?}");
+        name
+    }
+
+    /// The embedded one on a port, for programs.
+    pub async fn serve_embedded(&self) -> (Server, TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let address = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let server = self.control_plane.serve(address, folder.path()).await.unwrap();
+        (server, folder)
+    }
+}
+
+/// A whole suite takes no longer.
+pub const SUITE: Duration = Duration::from_secs(600);
