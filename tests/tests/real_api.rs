@@ -113,7 +113,8 @@ async fn works_and_rests(storage: Storage) {
     )
     .await;
 
-    let gone = deployments.delete("chat", &Default::default());
+    let parameters = kube::api::DeleteParams::default();
+    let gone = deployments.delete("chat", &parameters);
     gone.await.unwrap();
     until(
         &nodes,
