@@ -1,5 +1,6 @@
 //! Tiles of weights times rows of activations.
 
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 use super::pool::SharedMut;
@@ -238,7 +239,9 @@ fn multiply<S: Simd>(
         let out = products.row(done);
         with_layout!(matrix.format(), L => {
             let view = rows.quantized.view(group);
-            assert!(data.len() >= view.scales.len() / group.rows * (L::NUMBER_BYTES + 2 * L::SCALE_COUNT));
+            let blocks = view.scales.len() / group.rows;
+            assert!(blocks % L::SHARED == 0);
+            assert!(data.len() >= blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES);
             // SAFETY: the tile has as many blocks as the rows, by the assertion; `view` cut its slices to
             // the group; `out` has room for the group's rows.
             unsafe { quantized_group::<S, L>(simd, data, view, out) }
@@ -329,62 +332,125 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
     let mut total = [simd.splat(0.0); M];
     let mut numbers = tile;
     // SAFETY (all below): pointers walk block by block through what the caller promised.
-    let mut factors = unsafe { tile.add(blocks * L::NUMBER_BYTES) }.cast::<u16>();
-    for _ in 0..blocks {
+    let mut factors = unsafe { tile.add(blocks * L::NUMBER_BYTES) };
+    for _ in 0..blocks / L::SHARED {
         unsafe {
-            if M == 1 {
-                // One row is done as fast as memory delivers: ask early, across the ends of pages and tiles.
-                for line in 0..L::NUMBER_BYTES / 64 {
-                    simd.prefetch(numbers.wrapping_add(PREFETCH_BYTES + line * 64));
-                }
-            }
-            let quads_of_half = 8 / L::HALVES;
-            for half in 0..L::HALVES {
-                // Two sums each, so that a lone row does not wait for its own last product.
-                let mut even = [simd.splat_i32(0); M];
-                let mut odd = [simd.splat_i32(0); M];
-                for quad in half * quads_of_half..(half + 1) * quads_of_half {
-                    let weights = quad_of_numbers::<S, L>(simd, numbers, quad);
-                    for row in 0..M {
-                        let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
-                        let sum = if M == 1 && quad % 2 == 1 {
-                            &mut odd[row]
-                        } else {
-                            &mut even[row]
-                        };
-                        *sum = if L::BITS == 8 {
-                            simd.dot_wide(*sum, weights, x)
-                        } else {
-                            simd.dot(*sum, weights, x)
-                        };
+            let mut scales_of_block = Scales::<S, L>::begin(simd, factors);
+            factors = factors.add(L::SCALE_BYTES);
+            for _ in 0..L::SHARED {
+                if M == 1 {
+                    // One row is done as fast as memory delivers: ask early, across the ends of pages and
+                    // tiles.
+                    for line in 0..L::NUMBER_BYTES / 64 {
+                        simd.prefetch(numbers.wrapping_add(PREFETCH_BYTES + line * 64));
                     }
                 }
-                let scale = simd.load_f16(factors.add(half * LANES));
-                let shift = if L::MINIMUM {
-                    simd.load_f16(factors.add((L::HALVES + half) * LANES))
-                } else {
-                    simd.mul(scale, simd.splat(-f32::from(L::OFFSET)))
-                };
-                let which = if L::HALVES == 1 { 2 } else { half };
-                for row in 0..M {
-                    let sum = if M == 1 {
-                        simd.add_i32(even[row], odd[row])
-                    } else {
-                        even[row]
-                    };
-                    let scale = simd.mul(scale, simd.splat(*scales.add(row)));
-                    total[row] = simd.fma(simd.to_float(sum), scale, total[row]);
-                    total[row] = simd.fma(shift, simd.splat(*sums.add(which * G + row)), total[row]);
+                let quads_of_half = 8 / L::HALVES;
+                for half in 0..L::HALVES {
+                    // Two sums each, so that a lone row does not wait for its own last product.
+                    let mut even = [simd.splat_i32(0); M];
+                    let mut odd = [simd.splat_i32(0); M];
+                    for quad in half * quads_of_half..(half + 1) * quads_of_half {
+                        let weights = quad_of_numbers::<S, L>(simd, numbers, quad);
+                        for row in 0..M {
+                            let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
+                            let sum = if M == 1 && quad % 2 == 1 {
+                                &mut odd[row]
+                            } else {
+                                &mut even[row]
+                            };
+                            *sum = if L::BITS == 8 {
+                                simd.dot_wide(*sum, weights, x)
+                            } else {
+                                simd.dot(*sum, weights, x)
+                            };
+                        }
+                    }
+                    let (scale, shift) = scales_of_block.of_half(simd, half);
+                    let which = if L::HALVES == 1 { 2 } else { half };
+                    for row in 0..M {
+                        let sum = if M == 1 {
+                            simd.add_i32(even[row], odd[row])
+                        } else {
+                            even[row]
+                        };
+                        let scale = simd.mul(scale, simd.splat(*scales.add(row)));
+                        total[row] = simd.fma(simd.to_float(sum), scale, total[row]);
+                        total[row] = simd.fma(shift, simd.splat(*sums.add(which * G + row)), total[row]);
+                    }
                 }
+                scales_of_block.next();
+                numbers = numbers.add(L::NUMBER_BYTES);
+                values = values.add(BLOCK / 4 * G);
+                scales = scales.add(G);
+                sums = sums.add(SUMS * G);
             }
-            numbers = numbers.add(L::NUMBER_BYTES);
-            factors = factors.add(L::SCALE_COUNT);
-            values = values.add(BLOCK / 4 * G);
-            scales = scales.add(G);
-            sums = sums.add(SUMS * G);
         }
     }
     total
+}
+
+/// The scales of a tile's blocks, as the loop comes to them.
+struct Scales<S: Simd, L: Layout> {
+    /// Scale and minimum that `L::SHARED` blocks share.
+    scale: S::F,
+    minimum: S::F,
+    /// Factors of the block, where there are any.
+    factors: *const i8,
+    layout: PhantomData<L>,
+}
+
+impl<S: Simd, L: Layout> Scales<S, L> {
+    /// # Safety
+    /// The scales of `L::SHARED` blocks of the layout are at `from`.
+    #[inline(always)]
+    unsafe fn begin(simd: S, from: *const u8) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let scale = simd.load_f16(from.cast());
+            let minimum = if L::MINIMUM {
+                simd.load_f16(from.add(2 * LANES).cast())
+            } else {
+                scale
+            };
+            Self {
+                scale,
+                minimum,
+                factors: from.cast::<i8>().wrapping_add(L::HEAD_BYTES),
+                layout: PhantomData,
+            }
+        }
+    }
+
+    /// What products are multiplied with, and what the activations' sums are.
+    ///
+    /// # Safety
+    /// Fewer than `L::SHARED` blocks have been passed by.
+    #[inline(always)]
+    unsafe fn of_half(&self, simd: S, half: usize) -> (S::F, S::F) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut scale = self.scale;
+            let mut minimum = self.minimum;
+            if L::FACTORS {
+                scale = simd.mul(scale, simd.load_i8(self.factors.add(half * LANES)));
+                if L::MINIMUM {
+                    let factors = simd.load_i8(self.factors.add((L::HALVES + half) * LANES));
+                    minimum = simd.mul(minimum, factors);
+                }
+            }
+            if L::MINIMUM {
+                (scale, minimum)
+            } else {
+                (scale, simd.mul(scale, simd.splat(-f32::from(L::OFFSET))))
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn next(&mut self) {
+        self.factors = self.factors.wrapping_add(LANES * L::SCALE_VECTORS);
+    }
 }
 
 /// Four columns of 16 rows, one byte each.

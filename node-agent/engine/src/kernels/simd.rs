@@ -30,6 +30,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_f16(self, from: *const u16) -> Self::F;
     /// Reads 16 brain floats: the upper halves of `f32`.
     unsafe fn load_bf16(self, from: *const u16) -> Self::F;
+    /// Reads 16 small integers, as floats.
+    unsafe fn load_i8(self, from: *const i8) -> Self::F;
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
@@ -129,6 +131,12 @@ impl Simd for Portable {
         // SAFETY: the caller's promise.
         let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
         lanes!(|i| f32::from_bits(u32::from(bits[i]) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> Self::F {
+        // SAFETY: the caller's promise.
+        let numbers = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
+        lanes!(|i| f32::from(numbers[i]))
     }
     #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {

@@ -113,9 +113,8 @@ fn rows_of_every_format_are_read_as_candle_reads_them() {
             let mut out = vec![0.0; columns];
             float.row(row, &mut out);
             close(&out, &expected, 1e-6, &format!("{dtype:?} as floats"));
-            // The scales of K formats are products, kept in half precision.
             native.row(row, &mut out);
-            close(&out, &expected, 1e-3, &format!("{dtype:?}"));
+            close(&out, &expected, 1e-6, &format!("{dtype:?}"));
         }
     }
 }

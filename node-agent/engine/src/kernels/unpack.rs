@@ -1,26 +1,42 @@
-//! The blocks of ggml's formats, taken apart: numbers from 0 up, with a scale and a minimum.
-//! Source: ggml's reference dequantisation (ggml-quants.c); x = scale * q + minimum.
+//! The blocks of ggml's formats, taken apart: numbers from 0 up, with scales and minimums.
+//! Source: ggml's reference dequantisation (ggml-quants.c).
 
 use candle_core::quantized::GgmlDType;
 use half::f16;
 
 use super::rows::BLOCK;
 
-/// Thirty-two weights. Formats with one scale for all of them have the same in both halves.
+/// Thirty-two weights: x = scale * factor * (q - offset) + minimum * minimum factor.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Unpacked {
     /// At most 2^bits - 1.
     pub(super) numbers: [u8; BLOCK],
-    /// Scale of each half.
-    pub(super) scales: [f32; 2],
-    /// Minimum of each half, for formats that store one.
-    pub(super) minimums: [f32; 2],
+    /// Scale and minimum as the file has them: of this block, or (K formats) of 256 weights.
+    pub(super) scale: f16,
+    pub(super) minimum: f16,
+    /// Factors of each half, for scale and minimum; 1 in formats without.
+    pub(super) factors: [i8; 2],
+    pub(super) minimum_factors: [i8; 2],
+}
+
+impl Unpacked {
+    /// Scale of a half.
+    pub(super) fn scale_of(&self, half: usize) -> f32 {
+        self.scale.to_f32() * f32::from(self.factors[half])
+    }
+
+    /// What is added in a half.
+    pub(super) fn minimum_of(&self, half: usize) -> f32 {
+        self.minimum.to_f32() * f32::from(self.minimum_factors[half])
+    }
 }
 
 const NOTHING: Unpacked = Unpacked {
     numbers: [0; BLOCK],
-    scales: [0.0; 2],
-    minimums: [0.0; 2],
+    scale: f16::ZERO,
+    minimum: f16::ZERO,
+    factors: [1; 2],
+    minimum_factors: [1; 2],
 };
 
 /// Takes apart one block of the file; calls `give` for every 32 weights in it, in order.
@@ -34,7 +50,7 @@ pub(super) fn unpack(dtype: GgmlDType, bytes: &[u8], mut give: impl FnMut(Unpack
         GgmlDType::Q5_1 => give(legacy(bytes, true, true)),
         GgmlDType::Q8_0 => give(Unpacked {
             numbers: std::array::from_fn(|i| bytes[2 + i] ^ 0x80),
-            scales: [float(bytes, 0); 2],
+            scale: float(bytes, 0),
             ..NOTHING
         }),
         GgmlDType::Q4K => k4_or_k5(bytes, None, &bytes[16..], give),
@@ -47,14 +63,14 @@ pub(super) fn unpack(dtype: GgmlDType, bytes: &[u8], mut give: impl FnMut(Unpack
     }
 }
 
-fn float(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+fn float(bytes: &[u8], at: usize) -> f16 {
+    f16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
 /// Q4_0, Q4_1, Q5_0, Q5_1: scale, minimum if any, high bits if any, then nibbles of both halves.
 fn legacy(bytes: &[u8], minimum: bool, high: bool) -> Unpacked {
     let mut at = 2;
-    let minimums = if minimum { [float(bytes, 2); 2] } else { [0.0; 2] };
+    let least = if minimum { float(bytes, 2) } else { f16::ZERO };
     at += if minimum { 2 } else { 0 };
     let mut bits = 0;
     if high {
@@ -69,8 +85,9 @@ fn legacy(bytes: &[u8], minimum: bool, high: bool) -> Unpacked {
     }
     Unpacked {
         numbers,
-        scales: [float(bytes, 0); 2],
-        minimums,
+        scale: float(bytes, 0),
+        minimum: least,
+        ..NOTHING
     }
 }
 
@@ -99,8 +116,10 @@ fn k4_or_k5(bytes: &[u8], high: Option<&[u8]>, nibbles: &[u8], mut give: impl Fn
         }
         give(Unpacked {
             numbers,
-            scales: [scale * f32::from(s); 2],
-            minimums: [-minimum * f32::from(m); 2],
+            scale,
+            minimum: -minimum,
+            factors: [s.cast_signed(); 2],
+            minimum_factors: [m.cast_signed(); 2],
         });
     }
 }
@@ -116,7 +135,8 @@ fn k6(bytes: &[u8], mut give: impl FnMut(Unpacked)) {
         let scales = &bytes[192 + 2 * index..][..2];
         give(Unpacked {
             numbers,
-            scales: [0, 1].map(|i| scale * f32::from(scales[i].cast_signed())),
+            scale,
+            factors: [scales[0].cast_signed(), scales[1].cast_signed()],
             ..NOTHING
         });
     }
@@ -125,10 +145,10 @@ fn k6(bytes: &[u8], mut give: impl FnMut(Unpacked)) {
 fn k3(bytes: &[u8], mut give: impl FnMut(Unpacked)) {
     let (mask, twos, packed) = (&bytes[..32], &bytes[32..96], &bytes[96..108]);
     let scale = float(bytes, 108);
-    let scale_of = |j: usize| {
+    let factor = |j: usize| {
         let low = if j < 8 { packed[j] & 15 } else { packed[j - 8] >> 4 };
         let high = packed[8 + j % 4] >> (2 * (j / 4)) & 3;
-        scale * (f32::from(low | high << 4) - 32.0)
+        (low | high << 4).cast_signed() - 32
     };
     for index in 0..8 {
         let (half, part) = (index / 4, index % 4);
@@ -136,7 +156,8 @@ fn k3(bytes: &[u8], mut give: impl FnMut(Unpacked)) {
             std::array::from_fn(|i| twos[half * 32 + i] >> (2 * part) & 3 | (mask[i] >> index & 1) << 2);
         give(Unpacked {
             numbers,
-            scales: [scale_of(2 * index), scale_of(2 * index + 1)],
+            scale,
+            factors: [factor(2 * index), factor(2 * index + 1)],
             ..NOTHING
         });
     }
@@ -151,8 +172,10 @@ fn k2(bytes: &[u8], mut give: impl FnMut(Unpacked)) {
         let pair = [scales[2 * index], scales[2 * index + 1]];
         give(Unpacked {
             numbers,
-            scales: pair.map(|s| scale * f32::from(s & 15)),
-            minimums: pair.map(|s| -minimum * f32::from(s >> 4)),
+            scale,
+            minimum: -minimum,
+            factors: pair.map(|s| (s & 15).cast_signed()),
+            minimum_factors: pair.map(|s| (s >> 4).cast_signed()),
         });
     }
 }

@@ -20,12 +20,16 @@ use super::unpack::{Unpacked, unpack};
 pub(super) enum Format {
     /// Q4_0.
     Nibbles,
-    /// Q4_1 and Q4_K.
+    /// Q4_1.
     NibblesMinimum,
+    /// Q4_K.
+    NibblesFactors,
     /// Q5_0.
     Fives,
-    /// Q5_1 and Q5_K.
+    /// Q5_1.
     FivesMinimum,
+    /// Q5_K.
+    FivesFactors,
     /// Q8_0.
     Bytes,
     /// Q6_K.
@@ -53,29 +57,44 @@ pub(super) trait Layout {
     const PLANES: usize = if Self::BITS == 8 { 0 } else { Self::BITS - 4 };
     /// Bytes of a block's numbers.
     const NUMBER_BYTES: usize = BLOCK * LANES * Self::BITS / 8;
-    /// Half-precision numbers of a block's scales and minimums: `[scales, minimums] x halves x rows`.
-    const SCALE_COUNT: usize = LANES * Self::HALVES * if Self::MINIMUM { 2 } else { 1 };
+    /// Whether eight blocks share a scale and a minimum in half precision, and each has small factors.
+    const FACTORS: bool;
+    /// Blocks that share scales.
+    const SHARED: usize = if Self::FACTORS { 8 } else { 1 };
+    /// Vectors of a block's scales and minimums, or factors: `[scales, minimums] x halves`.
+    const SCALE_VECTORS: usize = Self::HALVES * if Self::MINIMUM { 2 } else { 1 };
+    /// Bytes of those, for `SHARED` blocks: with factors, the shared scale and minimum come first.
+    const SCALE_BYTES: usize = if Self::FACTORS {
+        Self::HEAD_BYTES + Self::SHARED * LANES * Self::SCALE_VECTORS
+    } else {
+        2 * LANES * Self::SCALE_VECTORS
+    };
+    /// Bytes of the shared scale and minimum.
+    const HEAD_BYTES: usize = 2 * LANES * if Self::MINIMUM { 2 } else { 1 };
 }
 
 macro_rules! layout {
-    ($name:ident, $bits:literal, $halves:literal, $minimum:literal, $offset:literal) => {
+    ($name:ident, $bits:literal, $halves:literal, $minimum:literal, $offset:literal, $factors:literal) => {
         pub(super) struct $name;
         impl Layout for $name {
             const BITS: usize = $bits;
             const HALVES: usize = $halves;
             const MINIMUM: bool = $minimum;
             const OFFSET: u8 = $offset;
+            const FACTORS: bool = $factors;
         }
     };
 }
-layout!(Nibbles, 4, 1, false, 8);
-layout!(NibblesMinimum, 4, 1, true, 0);
-layout!(Fives, 5, 1, false, 16);
-layout!(FivesMinimum, 5, 1, true, 0);
-layout!(Bytes, 8, 1, false, 128);
-layout!(SixesHalves, 6, 2, false, 32);
-layout!(ThreesHalves, 4, 2, false, 4);
-layout!(TwosHalvesMinimum, 4, 2, true, 0);
+layout!(Nibbles, 4, 1, false, 8, false);
+layout!(NibblesMinimum, 4, 1, true, 0, false);
+layout!(NibblesFactors, 4, 1, true, 0, true);
+layout!(Fives, 5, 1, false, 16, false);
+layout!(FivesMinimum, 5, 1, true, 0, false);
+layout!(FivesFactors, 5, 1, true, 0, true);
+layout!(Bytes, 8, 1, false, 128, false);
+layout!(SixesHalves, 6, 2, false, 32, true);
+layout!(ThreesHalves, 4, 2, false, 4, true);
+layout!(TwosHalvesMinimum, 4, 2, true, 0, true);
 
 /// Runs `$body` with `$layout` standing for the type of a quantised format; floats give `$otherwise`.
 macro_rules! with_layout {
@@ -84,8 +103,10 @@ macro_rules! with_layout {
         match $format {
             w::Format::Nibbles => with_layout!(@ w::Nibbles, $layout, $body),
             w::Format::NibblesMinimum => with_layout!(@ w::NibblesMinimum, $layout, $body),
+            w::Format::NibblesFactors => with_layout!(@ w::NibblesFactors, $layout, $body),
             w::Format::Fives => with_layout!(@ w::Fives, $layout, $body),
             w::Format::FivesMinimum => with_layout!(@ w::FivesMinimum, $layout, $body),
+            w::Format::FivesFactors => with_layout!(@ w::FivesFactors, $layout, $body),
             w::Format::Bytes => with_layout!(@ w::Bytes, $layout, $body),
             w::Format::SixesHalves => with_layout!(@ w::SixesHalves, $layout, $body),
             w::Format::ThreesHalves => with_layout!(@ w::ThreesHalves, $layout, $body),
@@ -136,9 +157,11 @@ impl Format {
         }
         match dtype {
             GgmlDType::Q4_0 => Self::Nibbles,
-            GgmlDType::Q4_1 | GgmlDType::Q4K => Self::NibblesMinimum,
+            GgmlDType::Q4_1 => Self::NibblesMinimum,
+            GgmlDType::Q4K => Self::NibblesFactors,
             GgmlDType::Q5_0 => Self::Fives,
-            GgmlDType::Q5_1 | GgmlDType::Q5K => Self::FivesMinimum,
+            GgmlDType::Q5_1 => Self::FivesMinimum,
+            GgmlDType::Q5K => Self::FivesFactors,
             GgmlDType::Q8_0 => Self::Bytes,
             GgmlDType::Q6K => Self::SixesHalves,
             GgmlDType::Q3K => Self::ThreesHalves,
@@ -152,7 +175,7 @@ impl Format {
 
     fn tile_bytes(self, columns: usize) -> usize {
         let blocks = columns.div_ceil(BLOCK);
-        let bytes = with_layout!(self, L => blocks * (L::NUMBER_BYTES + 2 * L::SCALE_COUNT), _ => {
+        let bytes = with_layout!(self, L => blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES, _ => {
             let number = if self == Self::F32 { 4 } else { 2 };
             columns * LANES * number
         });
@@ -301,8 +324,8 @@ fn pack_row(format: Format, dtype: GgmlDType, row: &[u8], columns: usize, lane: 
                         unpack(quantized, bytes, |block| {
                             for (i, &q) in block.numbers.iter().enumerate() {
                                 let half = i / (BLOCK / 2);
-                                let x = block.scales[half] * (f32::from(q) - offset);
-                                put(column, x + block.minimums[half]);
+                                let x = block.scale_of(half) * (f32::from(q) - offset);
+                                put(column, x + block.minimum_of(half));
                                 column += 1;
                             }
                         });
@@ -337,25 +360,40 @@ fn write_block<L: Layout>(tile: &mut [u8], blocks: usize, block: usize, lane: us
             }
         }
     }
-    let scales = &mut scales[block * 2 * L::SCALE_COUNT..][..2 * L::SCALE_COUNT];
-    let mut put = |index: usize, x: f32| {
-        scales[2 * (index * LANES + lane)..][..2].copy_from_slice(&f16::from_f32(x).to_le_bytes());
+    let scales = &mut scales[block / L::SHARED * L::SCALE_BYTES..][..L::SCALE_BYTES];
+    let mut half_precision = |index: usize, x: f16| {
+        scales[2 * (index * LANES + lane)..][..2].copy_from_slice(&x.to_le_bytes());
     };
-    for half in 0..L::HALVES {
-        put(half, from.scales[half]);
-        if L::MINIMUM {
-            put(L::HALVES + half, from.minimums[half]);
+    half_precision(0, from.scale);
+    if L::MINIMUM {
+        half_precision(1, from.minimum);
+    }
+    if L::FACTORS {
+        let start = L::HEAD_BYTES + block % L::SHARED * LANES * L::SCALE_VECTORS;
+        for half in 0..L::HALVES {
+            scales[start + half * LANES + lane] = from.factors[half].cast_unsigned();
+            if L::MINIMUM {
+                scales[start + (L::HALVES + half) * LANES + lane] =
+                    from.minimum_factors[half].cast_unsigned();
+            }
         }
     }
 }
 
 fn read_row<L: Layout>(tile: &[u8], lane: usize, out: &mut [f32]) {
     let (numbers, scales) = tile.split_at(out.len() / BLOCK * L::NUMBER_BYTES);
-    let blocks = numbers
-        .chunks_exact(L::NUMBER_BYTES)
-        .zip(scales.chunks_exact(2 * L::SCALE_COUNT));
-    for (out, (numbers, scales)) in out.chunks_exact_mut(BLOCK).zip(blocks) {
-        let scale = |index: usize| f16::from_bits(half_at(scales, index * LANES + lane)).to_f32();
+    let blocks = numbers.chunks_exact(L::NUMBER_BYTES).enumerate();
+    for (out, (block, numbers)) in out.chunks_exact_mut(BLOCK).zip(blocks) {
+        let scales = &scales[block / L::SHARED * L::SCALE_BYTES..][..L::SCALE_BYTES];
+        let shared = |index: usize| f16::from_bits(half_at(scales, index * LANES + lane)).to_f32();
+        let factor = |index: usize| {
+            let start = L::HEAD_BYTES + block % L::SHARED * LANES * L::SCALE_VECTORS;
+            if L::FACTORS {
+                f32::from(scales[start + index * LANES + lane].cast_signed())
+            } else {
+                1.0
+            }
+        };
         for (column, out) in out.iter_mut().enumerate() {
             let (quad, j) = (column / 4, column % 4);
             let mut number = if L::BITS == 8 {
@@ -368,9 +406,9 @@ fn read_row<L: Layout>(tile: &[u8], lane: usize, out: &mut [f32]) {
                 number |= (numbers[256 + plane * 64 + place / 8] >> (place % 8) & 1) << (4 + plane);
             }
             let half = column * L::HALVES / BLOCK;
-            *out = scale(half) * (f32::from(number) - f32::from(L::OFFSET));
+            *out = shared(0) * factor(half) * (f32::from(number) - f32::from(L::OFFSET));
             if L::MINIMUM {
-                *out += scale(L::HALVES + half);
+                *out += shared(1) * factor(L::HALVES + half);
             }
         }
     }

@@ -45,8 +45,14 @@ pub(crate) struct DecoderConfig {
     pub(crate) sliding_window: Option<usize>,
     /// Every so many layers one sees everything.
     pub(crate) global_every: usize,
-    /// Queries and keys are normalised by head, and outputs of both halves of a layer too (Gemma 3).
-    pub(crate) gemma_norms: bool,
+    /// Queries and keys are normalised by head (Gemma 3, Qwen 3).
+    pub(crate) head_norms: bool,
+    /// The outputs of both halves of a layer are normalised too (Gemma 3).
+    pub(crate) output_norms: bool,
+    /// Queries, keys and values have biases (Qwen 2).
+    pub(crate) attention_biases: bool,
+    /// The file has a divisor for each of RoPE's frequencies (Llama 3.1 and later).
+    pub(crate) rope_divisors: bool,
     /// Embeddings are multiplied by this.
     pub(crate) embedding_scale: f32,
 }
@@ -66,14 +72,16 @@ impl DecoderConfig {
             .value("general.architecture")?
             .to_str("general.architecture")?
             .to_owned();
-        let gemma = match architecture.as_str() {
-            "llama" => false,
-            "gemma3" => true,
+        let (gemma, qwen2, qwen3) = match architecture.as_str() {
+            "llama" => (false, false, false),
+            "gemma3" => (true, false, false),
+            "qwen2" => (false, true, false),
+            "qwen3" => (false, false, true),
             other => {
                 return Err(InvalidModel::unsupported(
                     "general.architecture",
                     other,
-                    "llama (Mistral, SmolLM and kin) and gemma3; a BERT-type encoder comes as a folder with safetensors",
+                    "llama (Mistral, SmolLM and kin), qwen2, qwen3 and gemma3; a BERT-type encoder comes as a folder with safetensors",
                 ));
             }
         };
@@ -144,13 +152,6 @@ impl DecoderConfig {
                 ));
             }
         };
-        if file.tensors().contains_key("rope_freqs.weight") {
-            return Err(InvalidModel::unsupported(
-                "tensor rope_freqs.weight",
-                "there (RoPE scaling of Llama 3.1)",
-                "models without it",
-            ));
-        }
         let embedding = file.info("token_embd.weight")?;
         let vocab_size = match embedding.shape.as_slice() {
             [rows, columns] if *columns == hidden_size => *rows,
@@ -174,7 +175,7 @@ impl DecoderConfig {
             context_length: size("context_length", 1 << 24)?,
             norm_epsilon: real("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
             activation: if gemma { Activation::Gelu } else { Activation::Silu },
-            rope_pairs: if gemma {
+            rope_pairs: if gemma || qwen2 || qwen3 {
                 RopePairs::Halves
             } else {
                 RopePairs::Neighbours
@@ -197,7 +198,10 @@ impl DecoderConfig {
             } else {
                 1
             },
-            gemma_norms: gemma,
+            head_norms: gemma || qwen3,
+            output_norms: gemma,
+            attention_biases: qwen2,
+            rope_divisors: file.tensors().contains_key("rope_freqs.weight"),
             embedding_scale: if gemma { (hidden_size as f32).sqrt() } else { 1.0 },
             architecture: architecture.clone(),
         };
@@ -253,12 +257,22 @@ impl DecoderConfig {
             add("ffn_gate", vec![self.feed_forward, hidden]);
             add("ffn_up", vec![self.feed_forward, hidden]);
             add("ffn_down", vec![hidden, self.feed_forward]);
-            if self.gemma_norms {
+            if self.head_norms {
                 add("attn_q_norm", vec![self.head_dim]);
                 add("attn_k_norm", vec![self.head_dim]);
+            }
+            if self.output_norms {
                 add("post_attention_norm", vec![hidden]);
                 add("post_ffw_norm", vec![hidden]);
             }
+        }
+        for layer in (0..self.layers).filter(|_| self.attention_biases) {
+            for (part, size) in [("attn_q", q), ("attn_k", kv), ("attn_v", kv)] {
+                shapes.push((format!("blk.{layer}.{part}.bias"), vec![size]));
+            }
+        }
+        if self.rope_divisors {
+            shapes.push(("rope_freqs.weight".to_owned(), vec![self.rope_dimensions / 2]));
         }
         shapes
     }

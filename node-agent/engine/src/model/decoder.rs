@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use super::config::{Activation, DecoderConfig, RopePairs};
 use super::layers::{RmsNorm, Rotations, Source};
-use crate::LoadModel;
 use crate::gguf::GgufFile;
 use crate::kernels::attention::{Attention, Run};
 use crate::kernels::vector::{HeadShape, for_each_row};
 use crate::kernels::{Combine, Compute, Gate, Matrix, QuantizedRows, Rows, Target, WeightPrecision};
 use crate::kv::{BlockTable, KvCache, KvShape, LayerCache, Side};
+use crate::{InvalidModel, LoadModel};
 
 /// One row of a batch. Rows of one sequence follow each other, positions rising by one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,8 @@ struct Layer {
     key: Matrix,
     value: Matrix,
     output: Matrix,
+    /// Biases of query, key and value.
+    biases: Option<[Vec<f32>; 3]>,
     query_norm: Option<RmsNorm>,
     key_norm: Option<RmsNorm>,
     post_attention_norm: Option<RmsNorm>,
@@ -47,6 +49,8 @@ pub(crate) struct Decoder {
     layers: Vec<Layer>,
     norm: RmsNorm,
     output: Arc<Matrix>,
+    /// What RoPE's frequencies are divided by.
+    rope_divisors: Option<Vec<f32>>,
     scratch: Scratch,
 }
 
@@ -107,6 +111,18 @@ impl Decoder {
             progress(index + 1, config.layers);
         }
         let norm = source.norm("output_norm.weight", hidden, config.norm_epsilon)?;
+        let rope_divisors = config
+            .rope_divisors
+            .then(|| source.vector("rope_freqs.weight", config.rope_dimensions / 2))
+            .transpose()?;
+        if let Some(bad) = rope_divisors
+            .iter()
+            .flatten()
+            .find(|&&x| !(x.is_finite() && x > 0.0))
+        {
+            let allowed = "positive numbers";
+            return Err(InvalidModel::inconsistent("tensor rope_freqs.weight", bad, allowed).into());
+        }
         Ok(Self {
             config,
             compute,
@@ -114,6 +130,7 @@ impl Decoder {
             layers,
             norm,
             output,
+            rope_divisors,
             scratch: Scratch::default(),
         })
     }
@@ -154,11 +171,13 @@ impl Decoder {
             config.rope_dimensions,
             config.rope_base,
             config.rope_scale,
+            self.rope_divisors.as_deref(),
         );
         // Local layers are not stretched: they never see far.
-        let local = config
-            .sliding_window
-            .map(|_| Rotations::new(positions(), config.rope_dimensions, config.rope_base_local, 1.0));
+        let local = config.sliding_window.map(|_| {
+            let (dimensions, base) = (config.rope_dimensions, config.rope_base_local);
+            Rotations::new(positions(), dimensions, base, 1.0, None)
+        });
         let step = Step {
             config,
             compute,
@@ -248,7 +267,13 @@ impl Layer {
             config.kv_heads * config.head_dim,
         );
         let norm = |part: &str, size: usize| source.norm(&name(part), size, config.norm_epsilon);
-        let gemma_norm = |part: &str, size: usize| config.gemma_norms.then(|| norm(part, size)).transpose();
+        let head_norm = |part: &str| config.head_norms.then(|| norm(part, config.head_dim)).transpose();
+        let output_norm = |part: &str| config.output_norms.then(|| norm(part, hidden)).transpose();
+        let bias = |part: &str, size: usize| source.vector(&format!("blk.{index}.{part}.bias"), size);
+        let biases = config
+            .attention_biases
+            .then(|| Ok::<_, LoadModel>([bias("attn_q", q)?, bias("attn_k", kv)?, bias("attn_v", kv)?]))
+            .transpose()?;
         let matrix = |part: &str, rows: usize, columns: usize| source.matrix(&name(part), [rows, columns]);
         let layer = Self {
             attention_norm: norm("attn_norm", hidden)?,
@@ -256,14 +281,15 @@ impl Layer {
             key: matrix("attn_k", kv, hidden)?,
             value: matrix("attn_v", kv, hidden)?,
             output: matrix("attn_output", hidden, q)?,
-            query_norm: gemma_norm("attn_q_norm", config.head_dim)?,
-            key_norm: gemma_norm("attn_k_norm", config.head_dim)?,
-            post_attention_norm: gemma_norm("post_attention_norm", hidden)?,
+            biases,
+            query_norm: head_norm("attn_q_norm")?,
+            key_norm: head_norm("attn_k_norm")?,
+            post_attention_norm: output_norm("post_attention_norm")?,
             feed_norm: norm("ffn_norm", hidden)?,
             gate: matrix("ffn_gate", config.feed_forward, hidden)?,
             up: matrix("ffn_up", config.feed_forward, hidden)?,
             down: matrix("ffn_down", hidden, config.feed_forward)?,
-            post_feed_norm: gemma_norm("post_ffw_norm", hidden)?,
+            post_feed_norm: output_norm("post_ffw_norm")?,
             local: config.is_local(index),
         };
         Ok(layer)
@@ -293,6 +319,17 @@ impl Layer {
             ],
             Combine::Store,
         );
+        if let Some([query, key, value]) = &self.biases {
+            for (numbers, bias) in [
+                (&mut scratch.queries, query),
+                (&mut scratch.keys, key),
+                (&mut scratch.values, value),
+            ] {
+                for row in numbers.chunks_exact_mut(bias.len()) {
+                    row.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+                }
+            }
+        }
         let rotations = local.filter(|_| self.local).unwrap_or(global);
         let halves = config.rope_pairs == RopePairs::Halves;
         for (numbers, norm, heads) in [

@@ -32,19 +32,24 @@ impl Source<'_> {
 
     /// A norm of the file, of this size.
     pub(super) fn norm(&self, name: &str, size: usize, epsilon: f32) -> Result<RmsNorm, LoadModel> {
+        Ok(RmsNorm {
+            weight: self.vector(name, size)?,
+            epsilon,
+        })
+    }
+
+    /// A vector of the file, of this size.
+    pub(super) fn vector(&self, name: &str, size: usize) -> Result<Vec<f32>, LoadModel> {
         let tensor = self.file.tensor(name, &[size], &Device::Cpu)?;
         if !matches!(tensor.dtype(), GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16) {
             return Err(InvalidModel::unsupported(
                 format!("the type of tensor {name}"),
                 format!("{:?}", tensor.dtype()),
-                "F32, F16 and BF16 for norms",
+                "F32, F16 and BF16 for norms and biases",
             )
             .into());
         }
-        Ok(RmsNorm {
-            weight: tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?,
-            epsilon,
-        })
+        Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
     }
 }
 
@@ -80,9 +85,11 @@ impl Rotations {
         dimensions: usize,
         base: f32,
         scale: f32,
+        divisors: Option<&[f32]>,
     ) -> Self {
+        let divisor = |i: usize| divisors.and_then(|all| all.get(i)).copied().unwrap_or(1.0);
         let frequencies: Vec<f32> = (0..dimensions / 2)
-            .map(|i| 1.0 / base.powf(2.0 * i as f32 / dimensions as f32))
+            .map(|i| 1.0 / base.powf(2.0 * i as f32 / dimensions as f32) / divisor(i))
             .collect();
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for position in positions {
@@ -93,5 +100,19 @@ impl Rotations {
             }
         }
         Self { cos, sin }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Llama 3.1 stores what its slow frequencies are divided by.
+    #[test]
+    fn divisors_slow_the_rotation_down() {
+        let plain = Rotations::new([12].into_iter(), 4, 100.0, 1.0, None);
+        let slowed = Rotations::new([12].into_iter(), 4, 100.0, 1.0, Some(&[1.0, 8.0]));
+        assert_eq!(plain.cos[0], slowed.cos[0]);
+        assert!((slowed.sin[1] - (12.0_f32 * 0.1 / 8.0).sin()).abs() < 1e-6);
     }
 }

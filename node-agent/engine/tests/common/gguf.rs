@@ -190,7 +190,7 @@ const HIDDEN: u64 = 32;
 const FEED: u64 = 64;
 const HEAD: u64 = 16;
 
-fn layers(mut file: Gguf, vocabulary: u64, count: u64, gemma: bool) -> Gguf {
+fn layers(mut file: Gguf, vocabulary: u64, count: u64, architecture: &str) -> Gguf {
     let mut seed = 1;
     let mut add = |file: Gguf, name: &str, shape: &[u64]| {
         seed += 1;
@@ -219,8 +219,18 @@ fn layers(mut file: Gguf, vocabulary: u64, count: u64, gemma: bool) -> Gguf {
             ("post_attention_norm", HIDDEN),
             ("post_ffw_norm", HIDDEN),
         ];
-        for (part, size) in own.iter().chain(more.iter().filter(|_| gemma)) {
+        let more = match architecture {
+            "gemma3" => more,
+            "qwen3" => &more[..2],
+            _ => &[],
+        };
+        for (part, size) in own.iter().chain(more) {
             file = file.tensor(&name(part), &[*size], std::iter::repeat(1.0));
+        }
+        if architecture == "qwen2" {
+            for (part, size) in [("attn_q", 2 * HEAD), ("attn_k", HEAD), ("attn_v", HEAD)] {
+                file = add(file, &format!("blk.{layer}.{part}.bias"), &[size]);
+            }
         }
     }
     file
@@ -232,6 +242,8 @@ fn sizes(file: Gguf, architecture: &str, count: u32) -> Gguf {
         .str("general.name", "Tiny")
         .str("general.license", "apache-2.0")
         .u32("general.file_type", 0)
+        // Read by candle: 32-bit floats.
+        .u32("general.dtype", 0)
         .u32(&key("block_count"), count)
         .u32(&key("context_length"), 256)
         .u32(&key("embedding_length"), HIDDEN as u32)
@@ -246,6 +258,20 @@ fn sizes(file: Gguf, architecture: &str, count: u32) -> Gguf {
 
 /// A llama of two layers with byte-level BPE: 256 bytes, a few merges, three control tokens.
 pub fn tiny_llama() -> Gguf {
+    tiny_bpe("llama", "smollm")
+}
+
+/// A Qwen 2 of two layers: as a llama, with biases.
+pub fn tiny_qwen2() -> Gguf {
+    tiny_bpe("qwen2", "qwen2")
+}
+
+/// A Qwen 3 of two layers: as a llama, with norms of heads.
+pub fn tiny_qwen3() -> Gguf {
+    tiny_bpe("qwen3", "qwen2")
+}
+
+fn tiny_bpe(architecture: &str, pretokenizer: &str) -> Gguf {
     let merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d"];
     let mut tokens: Vec<String> = vec!["<s>".into(), "</s>".into(), "<|im_end|>".into()];
     tokens.extend((0..=255).map(|byte| byte_letter(byte).to_string()));
@@ -253,10 +279,10 @@ pub fn tiny_llama() -> Gguf {
     let kinds: Vec<u8> = (0..tokens.len())
         .flat_map(|id| if id < 3 { 3_u32 } else { 1 }.to_le_bytes())
         .collect();
-    let file = sizes(Gguf::default(), "llama", 2)
-        .u32("llama.rope.dimension_count", HEAD as u32)
+    let file = sizes(Gguf::default(), architecture, 2)
+        .u32(&format!("{architecture}.rope.dimension_count"), HEAD as u32)
         .str("tokenizer.ggml.model", "gpt2")
-        .str("tokenizer.ggml.pre", "smollm")
+        .str("tokenizer.ggml.pre", pretokenizer)
         .set("tokenizer.ggml.tokens", strings(&tokens))
         .set("tokenizer.ggml.token_type", list(5, tokens.len() as u64, &kinds))
         .set("tokenizer.ggml.merges", strings(&merges))
@@ -267,7 +293,7 @@ pub fn tiny_llama() -> Gguf {
             "tokenizer.chat_template",
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
         );
-    layers(file, tokens.len() as u64, 2, false)
+    layers(file, tokens.len() as u64, 2, architecture)
 }
 
 /// A Gemma 3 of two layers with SentencePiece: bytes, letters, a few pieces, control and user-defined tokens.
@@ -305,5 +331,5 @@ pub fn tiny_gemma() -> Gguf {
         .u32("tokenizer.ggml.eos_token_id", 1)
         .bool("tokenizer.ggml.add_bos_token", true)
         .bool("tokenizer.ggml.add_space_prefix", false);
-    layers(file, count, 2, true)
+    layers(file, count, 2, "gemma3")
 }
