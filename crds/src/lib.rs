@@ -29,7 +29,7 @@ pub use inference_node::{InferenceNode, InferenceNodeSpec, InferenceNodeStatus};
 pub use model_deployment::{ModelDeployment, ModelDeploymentSpec, ModelDeploymentStatus};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
+    CustomResourceDefinition, JSON, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
 };
 use kube::CustomResourceExt;
 
@@ -58,9 +58,27 @@ pub fn all() -> Vec<CustomResourceDefinition> {
             .and_then(|schema| schema.open_api_v3_schema.as_mut())
         {
             drop_foreign_formats(schema);
+            default_empty_spec(schema);
         }
     }
     crds
+}
+
+/// A spec that may be empty is empty when it is not there.
+///
+/// An API server turns a spec whose last field is applied no more into null, and refuses it then unless there is
+/// a default: without one the operator could not take the last assignment from a machine.
+fn default_empty_spec(schema: &mut JSONSchemaProps) {
+    let properties = schema.properties.as_mut();
+    let spec = properties.and_then(|properties| properties.get_mut("spec"));
+    let nothing = |length: Option<usize>| length.is_none_or(|length| length == 0);
+    let may_be_empty = |spec: &&mut JSONSchemaProps| {
+        nothing(spec.required.as_ref().map(Vec::len))
+            && nothing(spec.x_kubernetes_validations.as_ref().map(Vec::len))
+    };
+    if let Some(spec) = spec.filter(may_be_empty) {
+        spec.default = Some(JSON(serde_json::json!({})));
+    }
 }
 
 /// Formats such as `uint32` are not Kubernetes's; its API server warns of them. Bounds say the same.

@@ -8,6 +8,7 @@ go.mod and go.sum beside this file. A part is built again only when its pins or 
 
 import hashlib
 import io
+import json
 import os
 import platform
 import re
@@ -137,6 +138,60 @@ def debian(cache):
         shutil.move(unpacked, target)
 
 
+PAUSE = """
+#include <signal.h>
+#include <unistd.h>
+static void end(int signal) { (void)signal; _exit(0); }
+int main(void) {
+    signal(SIGTERM, end);
+    signal(SIGINT, end);
+    for (;;) pause();
+}
+"""
+
+
+def pause(cache):
+    """The image that holds a pod's namespaces: one static program that waits, as an OCI archive."""
+    target = cache / "node" / "pause.tar"
+    if target.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "pause.c", Path(folder) / "pause"
+        source.write_text(PAUSE)
+        subprocess.run(["cc", "-static", "-Os", "-s", "-o", str(program), str(source)], check=True)
+        archive("localhost/pause:1", {"pause": program.read_bytes()}, ["/pause"], target)
+
+
+def archive(name, files, entrypoint, target):
+    """Writes an OCI archive of one layer, without a container daemon."""
+    def tar(members):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as archive:
+            for path, data in members.items():
+                member = tarfile.TarInfo(path)
+                member.size, member.mode = len(data), 0o755
+                archive.addfile(member, io.BytesIO(data))
+        return out.getvalue()
+
+    def described(kind, data):
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": digest, "size": len(data)}
+
+    layer = tar(files)
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    config = json.dumps({"architecture": machine, "os": "linux", "config": {"Entrypoint": entrypoint},
+                         "rootfs": {"type": "layers", "diff_ids": [described("", layer)["digest"]]}}).encode()
+    manifest = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+                           "config": described("config.v1+json", config),
+                           "layers": [described("layer.v1.tar", layer)]}).encode()
+    entry = described("manifest.v1+json", manifest) | {"annotations": {"io.containerd.image.name": name}}
+    members = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}',
+               "index.json": json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()}
+    for data in (layer, config, manifest):
+        members[f"blobs/sha256/{hashlib.sha256(data).hexdigest()}"] = data
+    target.write_bytes(tar(members))
+
+
 def main(cache, sets):
     unknown = set(sets) - {"api", "helm", "control", "node"}
     if unknown:
@@ -154,6 +209,7 @@ def main(cache, sets):
             helm(cache)
         if name == "node":
             debian(cache)
+            pause(cache)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,17 @@ impl ApiServer {
         self.client_of(&token_of(user)).await
     }
 
+    /// A kubeconfig of a user that was given to [`Self::start_with`], in the server's folder.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn kubeconfig_as(&self, user: &User) -> Result<PathBuf> {
+        let token = token_of(user);
+        let path = self.folder.path().join(format!("{token}.kubeconfig"));
+        std::fs::write(&path, serde_yaml::to_string(&self.kubeconfig_of(&token)?)?)?;
+        Ok(path)
+    }
+
     /// The owner's kubeconfig.
     #[must_use]
     pub fn kubeconfig(&self) -> &Path {

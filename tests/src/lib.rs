@@ -8,4 +8,5 @@ pub mod api_server;
 pub mod child;
 pub mod exchange;
 pub mod likeness;
+pub mod node;
 pub mod parts;

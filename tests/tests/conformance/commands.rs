@@ -108,7 +108,7 @@ const KUBECTL: &[Asked] = &[
 const HELM: &[Asked] = &[
     ask("install demo $chart --set color=red"),
     ask("list -q"),
-    ask("status demo -o json --show-desc"),
+    ask("status demo"),
     ask("upgrade demo $chart --set color=blue"),
     ask("upgrade demo $chart --set color=pink").refused(),
     ask("rollback demo 1"),

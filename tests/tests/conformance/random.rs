@@ -20,7 +20,7 @@ use crate::scripted::run_case;
 /// Sequences of a run that does not say how many.
 const SEQUENCES: u32 = 40;
 /// Most attempts to make a sequence shorter: each is a run on both servers.
-const SHRINKS: u32 = 200;
+const SHRINKS: u32 = 500;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_sequences_answer_alike() {
