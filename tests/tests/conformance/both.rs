@@ -31,8 +31,15 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
 }
 
 impl Both {
+    /// The real server stands on etcd, or on what `FREEHOLD_TEST_STORAGE` names.
     pub async fn start() -> Self {
-        Self::start_on(Storage::Etcd).await
+        let named = std::env::var("FREEHOLD_TEST_STORAGE").unwrap_or_default();
+        Self::start_on(match named.as_str() {
+            "" | "etcd" => Storage::Etcd,
+            "kine" => Storage::Kine,
+            other => panic!("FREEHOLD_TEST_STORAGE is {other:?}; it may be etcd or kine"),
+        })
+        .await
     }
 
     pub async fn start_on(storage: Storage) -> Self {
