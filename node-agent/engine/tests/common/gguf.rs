@@ -242,8 +242,6 @@ fn sizes(file: Gguf, architecture: &str, count: u32) -> Gguf {
         .str("general.name", "Tiny")
         .str("general.license", "apache-2.0")
         .u32("general.file_type", 0)
-        // Read by candle: 32-bit floats.
-        .u32("general.dtype", 0)
         .u32(&key("block_count"), count)
         .u32(&key("context_length"), 256)
         .u32(&key("embedding_length"), HIDDEN as u32)
