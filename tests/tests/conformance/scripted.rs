@@ -13,6 +13,8 @@ use crate::script::{Case, Step, files};
 
 /// Cases that run at once: each waits for one of two servers most of the time.
 const AT_ONCE: usize = 6;
+/// How often a case may be tried before a difference counts.
+const ATTEMPTS: usize = 3;
 
 /// What a case found.
 pub struct Found {
@@ -40,7 +42,7 @@ async fn scripted_operations_answer_alike() {
             if running.len() >= AT_ONCE {
                 found.extend(running.join_next().await.map(Result::unwrap));
             }
-            running.spawn(run_case(Arc::clone(&both), number, title, case));
+            running.spawn(run_patiently(Arc::clone(&both), number, title, case));
         }
         while let Some(result) = running.join_next().await {
             found.push(result.unwrap());
@@ -90,6 +92,22 @@ fn what_differs_is_explained() {
         unexplained.is_empty(),
         "docs/conformance.md has no heading for {unexplained:?}"
     );
+}
+
+/// Runs a case, and again where it differs: on a machine whose cores are busy elsewhere, the real server's
+/// caches lag behind its store by more than a watch of a second waits. What truly differs does so each time.
+async fn run_patiently(both: Arc<Both>, number: usize, title: String, case: Case) -> Found {
+    let mut found = run_case(Arc::clone(&both), number, title.clone(), case.clone()).await;
+    for attempt in 1..ATTEMPTS {
+        if found.complaints.is_empty() {
+            break;
+        }
+        println!("tried again: {title}");
+        // Namespaces of its own each time.
+        let number = number + attempt * 1000;
+        found = run_case(Arc::clone(&both), number, title.clone(), case.clone()).await;
+    }
+    found
 }
 
 pub async fn run_case(both: Arc<Both>, number: usize, title: String, case: Case) -> Found {
