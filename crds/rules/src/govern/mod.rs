@@ -27,6 +27,8 @@ pub struct Decision {
     pub allowed_formats: Option<Vec<ModelFormat>>,
     /// Labels that a machine must have, with the policy that asks for them.
     pub node_selectors: Vec<(String, LabelSelector)>,
+    /// Labels that a machine should have, with the policy that only records where it has not.
+    pub recorded_selectors: Vec<(String, LabelSelector)>,
 }
 
 impl Decision {
@@ -174,11 +176,12 @@ pub fn deployment(
         }
         if let Some(residency) = &rules.residency
             && let Some(selector) = &residency.node_selector
-            && policy.spec.enforcement == Enforcement::Enforce
         {
-            decision
-                .node_selectors
-                .push((policy.name_any(), selector.clone()));
+            let selectors = match policy.spec.enforcement {
+                Enforcement::Enforce => &mut decision.node_selectors,
+                Enforcement::Audit => &mut decision.recorded_selectors,
+            };
+            selectors.push((policy.name_any(), selector.clone()));
         }
         for gap in gaps(policy) {
             let remedy = "remove the rule, set spec.enforcement: Audit, or wait for a version that holds it";
