@@ -60,6 +60,10 @@ use crate::model_deployment::{Activation, EngineSettings, ModelFacts, ModelSourc
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 pub struct InferenceNodeSpec {
+    /// Set once the operator has planned for this machine. An object that was just made has nothing in it
+    /// yet, which is not the same as nothing being wanted: until then the agent does what it did before.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub planned: bool,
     /// The models that this machine holds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     // The API server asks what the rules inside may cost at most, and refuses a kind without a bound here.
@@ -80,6 +84,10 @@ pub struct InferenceNodeSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub routes: Vec<Route>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// One revision of one deployment on this machine.
@@ -160,6 +168,19 @@ pub struct CompiledProbe {
     /// What the supervisor may do.
     #[serde(default)]
     pub remediation: Remediation,
+    /// The replicas on other machines, where `remediation.minHealthyPercent` asks for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub elsewhere: Option<ReplicaCount>,
+}
+
+/// Replicas and how many of them are well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReplicaCount {
+    /// Those that answer, on a machine that is heard, without a check of the probe failing.
+    pub healthy: u32,
+    /// All of them.
+    pub all: u32,
 }
 
 /// A name on the bus and what stands behind it.

@@ -1,6 +1,6 @@
 //! ModelDeployment: a name on the bus and the model behind it.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -436,6 +436,12 @@ pub struct ModelDeploymentStatus {
     /// The revision that the spec asks for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
+    /// Since when it asks for it: `spec.rollout.deadlineSeconds` counts from here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision_since: Option<Time>,
+    /// Set while the last good revision serves in place of that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<Rollback>,
     /// The last revision that became Ready, which a rollback puts back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stable: Option<StableRevision>,
@@ -525,6 +531,20 @@ pub struct StableRevision {
     pub model: ModelSource,
     /// Its engine settings.
     pub engine: EngineSettings,
+}
+
+/// A revision that failed, so that the last good one was put back. Any change of the spec ends it: what
+/// the spec asks for then is tried anew.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Rollback {
+    /// The revision that failed.
+    pub revision: String,
+    /// The generation of the spec that asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<i64>,
+    /// What happened to it.
+    pub message: String,
 }
 
 /// One replica of a deployment.

@@ -1,6 +1,6 @@
 //! Watches this machine's InferenceNode, and nothing else.
 
-use freehold_crds::InferenceNode;
+use freehold_crds::{InferenceNode, InferenceNodeSpec};
 use futures::TryStreamExt;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::watch_object;
@@ -35,11 +35,11 @@ pub(crate) async fn run(
         match objects.try_next().await {
             Ok(Some(Some(object))) => {
                 reachable = true;
-                let accepted = Accepted {
-                    generation: object.metadata.generation.unwrap_or_default(),
-                    spec: object.spec,
-                };
-                accept(accepted, &file, &spec).await;
+                let generation = object.metadata.generation.unwrap_or_default();
+                let accepted = to_accept(generation, object.spec, &spec.borrow());
+                if let Some(accepted) = accepted {
+                    accept(accepted, &file, &spec).await;
+                }
                 let uid = object.metadata.uid;
                 observed.send_if_modified(|seen| {
                     let new = seen.uid != uid;
@@ -62,6 +62,24 @@ pub(crate) async fn run(
     }
 }
 
+/// What an object says that this machine shall do; None: nothing yet.
+///
+/// The object of a machine is made empty, and filled once the operator has heard of the machine and
+/// planned for it. When it is made anew (someone deleted it, or restored an old backup), taking the empty
+/// one at its word would end every model here for as long as that takes.
+fn to_accept(generation: i64, spec: InferenceNodeSpec, kept: &Accepted) -> Option<Accepted> {
+    if spec.planned {
+        return Some(Accepted { generation, spec });
+    }
+    if *kept == Accepted::default() {
+        return None;
+    }
+    Some(Accepted {
+        generation,
+        spec: kept.spec.clone(),
+    })
+}
+
 async fn accept(accepted: Accepted, file: &SpecFile, spec: &watch::Sender<Accepted>) {
     if *spec.borrow() == accepted {
         return;
@@ -79,4 +97,29 @@ async fn accept(accepted: Accepted, file: &SpecFile, spec: &watch::Sender<Accept
         "Accepted spec"
     );
     spec.send_replace(accepted);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_object_that_nobody_planned_for_changes_nothing() {
+        let planned = InferenceNodeSpec {
+            planned: true,
+            ..InferenceNodeSpec::default()
+        };
+        let kept = Accepted {
+            generation: 7,
+            spec: planned.clone(),
+        };
+        let empty = InferenceNodeSpec::default();
+        let goes_on = to_accept(1, empty.clone(), &kept).expect("it is noticed");
+        assert_eq!((goes_on.generation, goes_on.spec), (1, planned.clone()));
+        assert_eq!(to_accept(1, empty, &Accepted::default()), None);
+        assert_eq!(
+            to_accept(2, planned, &kept).expect("it is taken up").generation,
+            2
+        );
+    }
 }

@@ -516,3 +516,36 @@ async fn a_machine_takes_over_a_changed_label_of_its_lease() {
         })
         .await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_machine_whose_object_is_made_anew_gets_no_plan_before_it_has_told_what_it_has() {
+    let world = World::new();
+    let agent = world.agent("pi");
+    let _operator = world.operator().await;
+    world.deploy("chat").await;
+    world.until_ready("chat").await;
+    let before = world.nodes().get("pi").await.unwrap();
+    assert!(before.spec.planned);
+    // The agent hears and says nothing for a while, so that the new object stays as it was made.
+    agent.silence(true);
+    world
+        .nodes()
+        .delete("pi", &DeleteParams::default())
+        .await
+        .unwrap();
+    let anew = |node: &InferenceNode| node.metadata.uid != before.metadata.uid;
+    world.until(&world.nodes(), "pi", "was made anew", anew).await;
+    let_pass(30).await;
+    let made = world.nodes().get("pi").await.unwrap();
+    assert_eq!(made.spec.assignments, []);
+    assert!(!made.spec.planned, "an agent must not take this for its orders");
+    agent.silence(false);
+    let node = world
+        .until(&world.nodes(), "pi", "was planned for", |node| node.spec.planned)
+        .await;
+    assert_eq!(
+        node.spec.assignments, before.spec.assignments,
+        "the first plan that counts holds what was there"
+    );
+    world.until_ready("chat").await;
+}

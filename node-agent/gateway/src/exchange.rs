@@ -15,7 +15,7 @@ use freehold_rules::govern::request::{self, KeyDigest, Refusal, RequestViolation
 use http::{HeaderMap, header};
 use tracing::{debug, warn};
 
-use crate::audit::{Outcome, Record, Request};
+use crate::audit::{OpenRecord, Outcome, Record, Request};
 use crate::bus::{ActivityGuard, Snapshot, deployment_key, lock};
 use crate::error::ApiError;
 use crate::gateway::Gateway;
@@ -24,7 +24,7 @@ use crate::metrics::{Endpoint, InFlight, Observation};
 /// Set by a gateway that passes a request on; a request that has it is not passed on again.
 pub(crate) const HOP_HEADER: &str = "x-freehold-hop";
 /// Code of a request whose client left, as nginx writes it.
-const CLIENT_LEFT: u16 = 499;
+pub(crate) const CLIENT_LEFT: u16 = 499;
 /// Tokens that an answer is taken to need where the client names no limit.
 const USUAL_ANSWER_TOKENS: u64 = 256;
 /// Bytes of text that are taken to make a token.
@@ -175,10 +175,14 @@ impl Intake {
         let tokens = ask.tokens(size.output_tokens);
         let admitted =
             lock(&self.gateway.inner.limiter).admit(&policies, &subject, tokens, self.gateway.now());
-        let reservation = match admitted {
+        let share = match admitted {
             Ok((reservation, violations)) => {
                 self.about.violations.extend(violations);
-                reservation
+                Share {
+                    gateway: self.gateway.clone(),
+                    reservation,
+                    used: 0,
+                }
             }
             Err(refusal) => return Err(self.refuse(&refusal)),
         };
@@ -186,13 +190,29 @@ impl Intake {
             Ok(record) => Some(record),
             Err(error) => {
                 self.gateway.inner.metrics.audit_failures.inc();
-                if !passes_unrecorded(&policies) {
-                    warn!(request = %self.about.request, %error, "Refused a request that cannot be recorded");
-                    lock(&self.gateway.inner.limiter).settle(reservation, 0, self.gateway.now());
-                    return Err(ApiError::audit_failed());
+                let request = &self.about.request;
+                let denied = !passes_unrecorded(&policies);
+                if denied {
+                    warn!(%request, %error, "Refused a request that cannot be recorded");
+                } else {
+                    warn!(%request, %error, "Served a request without an audit record");
                 }
-                warn!(request = %self.about.request, %error, "Served a request without an audit record");
-                None
+                let late = match error {
+                    OpenRecord::TooSlow(late) => late,
+                    OpenRecord::Write(_) | OpenRecord::Stopped => None,
+                };
+                if denied {
+                    let refused = ApiError::audit_failed();
+                    if let Some(late) = late {
+                        late.close(&Outcome {
+                            code: refused.status.as_u16(),
+                            error: refused.code.map(ToOwned::to_owned),
+                            ..Outcome::default()
+                        });
+                    }
+                    return Err(refused);
+                }
+                late
             }
         };
         let exchange = Exchange {
@@ -201,7 +221,7 @@ impl Intake {
             snapshot: Arc::clone(&snapshot),
             about: self.about.clone(),
             record,
-            reservation,
+            share,
             activity: None,
             started: self.started,
             first_token: None,
@@ -250,13 +270,28 @@ fn passes_unrecorded(policies: &[&CompiledPolicy]) -> bool {
     })
 }
 
+/// What a request took out of the limits; settled when it ends, however early.
+struct Share {
+    gateway: Gateway,
+    reservation: Reservation,
+    /// Tokens that it turned out to need.
+    used: u64,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let reservation = std::mem::take(&mut self.reservation);
+        lock(&self.gateway.inner.limiter).settle(reservation, self.used, self.gateway.now());
+    }
+}
+
 /// A request that is being served.
 pub(crate) struct Exchange {
     gateway: Gateway,
     snapshot: Arc<Snapshot>,
     about: Request,
     record: Option<Record>,
-    reservation: Reservation,
+    share: Share,
     in_flight: InFlight,
     activity: Option<ActivityGuard>,
     started: Instant,
@@ -342,8 +377,7 @@ impl Drop for Exchange {
         let duration = self.started.elapsed();
         let total = self.prompt_tokens + self.completion_tokens;
         let inner = &self.gateway.inner;
-        let reservation = std::mem::take(&mut self.reservation);
-        lock(&inner.limiter).settle(reservation, total, self.gateway.now());
+        self.share.used = total;
 
         let tokens_per_second = self.first_token.and_then(|first| {
             let seconds = duration.saturating_sub(first).as_secs_f64();

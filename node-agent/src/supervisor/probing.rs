@@ -217,12 +217,14 @@ impl Supervisor {
             probing.suspended = None;
             return;
         };
+        // The fleet as the operator knew it when it wrote the spec, and this machine as it is now.
+        let elsewhere = probing.compiled.elsewhere.unwrap_or_default();
         let here = Circumstances {
             now,
             ready_since: run.since,
             most_an_hour,
-            healthy,
-            replicas: all,
+            healthy: healthy.saturating_add(elsewhere.healthy),
+            replicas: all.saturating_add(elsewhere.all),
         };
         match remedy(&probing.compiled.remediation, &probing.book, here) {
             Remedy::Report => probing.suspended = None,

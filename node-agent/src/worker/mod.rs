@@ -175,7 +175,7 @@ fn serve_until_closed(args: &WorkerArgs, engine: Engine, ready: WorkerReady) -> 
     let served = runtime.and_then(|runtime| {
         runtime.block_on(async {
             let listener = UnixListener::bind(&args.socket)?;
-            let embedding = serve::Embedding::default();
+            let embedding = serve::Embedding::new(args.queue);
             beat::start(engine.clone(), embedding.clone())?;
             beat::say(&WorkerLine::Ready(Box::new(ready.clone())));
             axum::serve(listener, serve::router(engine, embedding, ready)).await

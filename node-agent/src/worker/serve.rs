@@ -26,25 +26,47 @@ const EVENTS_AHEAD: usize = 4096;
 /// Longest body of a call in bytes: the gateway's own limit, and room for JSON.
 const BODY_LIMIT: usize = 32 << 20;
 
+/// When a call that found the queue full may try again: about as long as some texts take to embed.
+const RETRY_AFTER_MS: u64 = 1000;
+
 /// Embedding calls: they compute on their own threads, one after the other.
 #[derive(Clone, Debug)]
 pub(super) struct Embedding {
     turn: Arc<Semaphore>,
     /// Calls that compute or wait.
     present: Arc<AtomicU32>,
+    /// Calls that may wait; each holds its texts in memory.
+    queue: u32,
 }
 
-impl Default for Embedding {
-    fn default() -> Self {
+impl Embedding {
+    pub(super) fn new(queue: u32) -> Self {
         // The encoder uses all cores for one text; two at once gain nothing.
         Self {
             turn: Arc::new(Semaphore::new(1)),
             present: Arc::default(),
+            queue,
         }
     }
-}
 
-impl Embedding {
+    /// Counts a call in, unless one computes and as many wait as may.
+    fn enter(&self) -> Result<Present, Refused> {
+        let before = self.present.fetch_add(1, Ordering::Relaxed);
+        let present = Present(Arc::clone(&self.present));
+        if before <= self.queue {
+            return Ok(present);
+        }
+        Err(Refused(WorkerError {
+            kind: WorkerErrorKind::QueueFull,
+            message: format!(
+                "one embedding call computes and {} wait, as many as spec.engine.queue allows",
+                self.queue
+            ),
+            field: None,
+            retry_after_ms: Some(RETRY_AFTER_MS),
+        }))
+    }
+
     pub(super) fn active(&self) -> u32 {
         self.present.load(Ordering::Relaxed).min(1)
     }
@@ -56,13 +78,6 @@ impl Embedding {
 
 /// Counts a call as long as it lives.
 struct Present(Arc<AtomicU32>);
-
-impl Present {
-    fn enter(count: &Arc<AtomicU32>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(count))
-    }
-}
 
 impl Drop for Present {
     fn drop(&mut self) {
@@ -210,8 +225,9 @@ fn line(event: &WorkerEvent) -> Result<Bytes, serde_json::Error> {
 }
 
 async fn embed(State(served): State<Served>, body: Bytes) -> Result<Json<EmbedReply>, Refused> {
+    let present = served.embedding.enter()?;
     let call: EmbedCall = parse(&body)?;
-    let present = Present::enter(&served.embedding.present);
+    drop(body);
     let turn = Arc::clone(&served.embedding.turn)
         .acquire_owned()
         .await
@@ -242,4 +258,25 @@ async fn embed(State(served): State<Served>, body: Bytes) -> Result<Json<EmbedRe
     let reply = embedded.await.map_err(|error| Refused::internal(&error))??;
     drop(left);
     Ok(Json(reply))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn embedding_calls_beyond_the_queue_are_told_to_come_again() {
+        let embedding = Embedding::new(2);
+        let mut present: Vec<Present> = (0..3)
+            .map(|_| embedding.enter().ok().expect("one computes and two wait"))
+            .collect();
+        assert_eq!((embedding.active(), embedding.queued()), (1, 2));
+        let refused = embedding.enter().err().expect("the queue is full").0;
+        assert_eq!(refused.kind, WorkerErrorKind::QueueFull);
+        assert_eq!(refused.kind.status(), http::StatusCode::TOO_MANY_REQUESTS);
+        assert!(refused.retry_after_ms.is_some());
+        assert_eq!(embedding.queued(), 2, "who was refused does not wait");
+        present.pop();
+        assert!(embedding.enter().is_ok(), "and there is room again");
+    }
 }

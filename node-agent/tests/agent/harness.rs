@@ -135,7 +135,8 @@ pub(crate) struct Setup {
 
 impl Machine {
     /// With the embedded control plane, in memory.
-    pub(crate) async fn start(setup: Setup, spec: InferenceNodeSpec) -> Self {
+    pub(crate) async fn start(setup: Setup, mut spec: InferenceNodeSpec) -> Self {
+        spec.planned = true;
         let options = Options {
             data_dir: None,
             crds: freehold_crds::all(),
@@ -241,7 +242,8 @@ impl Machine {
     }
 
     /// What the operator would do.
-    pub(crate) async fn set_spec(&self, spec: InferenceNodeSpec) -> i64 {
+    pub(crate) async fn set_spec(&self, mut spec: InferenceNodeSpec) -> i64 {
+        spec.planned = true;
         let patch = json!([{"op": "replace", "path": "/spec", "value": spec}]);
         let patch = Patch::<()>::Json(serde_json::from_value(patch).expect("a patch"));
         let patched = self

@@ -2,8 +2,12 @@
 
 use rustix::process::Signal;
 
+use freehold_crds::InferenceNode;
+use freehold_crds::inference_node::{InferenceNodeSpec, Phase};
+use kube::api::{DeleteParams, PostParams};
+
 use crate::harness::{
-    Machine, Setup, assignment, chat_model, embedding_model, eventually, keep_spec, kill, no_api, spec,
+    Machine, NODE, Setup, assignment, chat_model, embedding_model, eventually, keep_spec, kill, no_api, spec,
     workers_of,
 };
 
@@ -149,5 +153,40 @@ async fn two_models_serve_side_by_side() {
     let (cat, kitten, loan) = (vector(0), vector(1), vector(2));
     assert!(cosine(&cat, &kitten) > cosine(&cat, &loan) + 0.2);
     assert_eq!(machine.workers().len(), 2);
+    machine.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_made_anew_ends_no_worker_before_the_operator_has_planned() {
+    let chat = assignment("chat", "1", &chat_model());
+    let mut machine = Machine::start(Setup::default(), spec(std::slice::from_ref(&chat))).await;
+    machine.phase(&chat.name, Phase::Ready).await;
+    let workers = machine.workers();
+    let nodes = machine.nodes();
+    nodes
+        .delete(NODE, &DeleteParams::default())
+        .await
+        .expect("deleted");
+    // As the operator makes it from a heartbeat, with nothing in it.
+    nodes
+        .create(
+            &PostParams::default(),
+            &InferenceNode::new(NODE, InferenceNodeSpec::default()),
+        )
+        .await
+        .expect("created");
+    // The agent knows the new object, and tells of the model that it goes on serving.
+    machine.phase(&chat.name, Phase::Ready).await;
+    assert_eq!(machine.status().await.observed_generation, Some(1));
+    assert_eq!(machine.workers(), workers);
+    // What the operator plans then is what counts, and be it nothing.
+    machine.set_spec(InferenceNodeSpec::default()).await;
+    eventually("end of the worker", || async {
+        match machine.workers() {
+            left if left.is_empty() => Ok(()),
+            left => Err(format!("{left:?}")),
+        }
+    })
+    .await;
     machine.stop().await;
 }

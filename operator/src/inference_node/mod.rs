@@ -55,7 +55,8 @@ impl Controller for InferenceNodes {
         let Some(wanted) = dereference::dereference(node, &planned, &context.shelves) else {
             return Ok(());
         };
-        if wanted.forget && node.spec == freehold_crds::InferenceNodeSpec::default() {
+        // Every machine has routes and rules; a machine that holds no model holds nothing that matters.
+        if wanted.forget && node.spec.assignments.is_empty() {
             return apply::forget(&object, node, &context).await;
         }
         if planned.held_back.is_empty() {

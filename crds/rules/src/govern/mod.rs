@@ -4,6 +4,7 @@
 
 pub mod expression;
 pub mod limits;
+mod refusal;
 pub mod request;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,8 @@ pub struct Decision {
     pub allowed_formats: Option<Vec<ModelFormat>>,
     /// Labels that a machine must have, with the policy that asks for them.
     pub node_selectors: Vec<(String, LabelSelector)>,
+    /// Labels that a machine should have, with the policy that only records where it has not.
+    pub recorded_selectors: Vec<(String, LabelSelector)>,
 }
 
 impl Decision {
@@ -124,27 +127,26 @@ pub fn source_name(model: &ModelSource) -> String {
     }
 }
 
-/// Whether `text` fits `pattern`, in which `*` stands for any text.
+/// Whether `text` is what `pattern` describes; `*` stands for any run of characters, also none.
 #[must_use]
 pub fn pattern_matches(pattern: &str, text: &str) -> bool {
     let mut parts = pattern.split('*');
-    let Some(mut rest) = parts.next().and_then(|first| text.strip_prefix(first)) else {
+    // `split` yields at least one part.
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = text.strip_prefix(first) else {
         return false;
     };
-    let mut parts = parts.peekable();
-    if parts.peek().is_none() {
+    let Some(last) = parts.next_back() else {
         return rest.is_empty();
-    }
-    while let Some(part) = parts.next() {
-        if parts.peek().is_none() {
-            return rest.ends_with(part);
-        }
+    };
+    // The leftmost place for each middle part leaves the most for those after it.
+    for part in parts {
         match rest.find(part) {
             Some(at) => rest = rest.get(at + part.len()..).unwrap_or_default(),
             None => return false,
         }
     }
-    true
+    rest.ends_with(last)
 }
 
 /// Decides whether `candidate` of `deployment` may be placed under `policies`, which are those that
@@ -174,11 +176,12 @@ pub fn deployment(
         }
         if let Some(residency) = &rules.residency
             && let Some(selector) = &residency.node_selector
-            && policy.spec.enforcement == Enforcement::Enforce
         {
-            decision
-                .node_selectors
-                .push((policy.name_any(), selector.clone()));
+            let selectors = match policy.spec.enforcement {
+                Enforcement::Enforce => &mut decision.node_selectors,
+                Enforcement::Audit => &mut decision.recorded_selectors,
+            };
+            selectors.push((policy.name_any(), selector.clone()));
         }
         for gap in gaps(policy) {
             let remedy = "remove the rule, set spec.enforcement: Audit, or wait for a version that holds it";
@@ -324,13 +327,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patterns_match_whole_sources() {
+    fn patterns_match_whole_texts() {
         for (pattern, text) in [
             ("*", "x"),
             ("hf://a/*", "hf://a/b/c"),
             ("https://*.lan/*.gguf", "https://m.lan/x.gguf"),
             ("abc", "abc"),
             ("a*a", "aba"),
+            ("*", ""),
+            ("*mini", "gpt-mini"),
+            ("a*b*c", "a-b-b-c"),
         ] {
             assert!(pattern_matches(pattern, text), "{pattern} {text}");
         }
@@ -340,6 +346,9 @@ mod tests {
             ("a*a", "a"),
             ("", "x"),
             ("*.gguf", "x.gguf.exe"),
+            ("gpt-*", "my-gpt-4"),
+            ("a*b*c", "a-c-b"),
+            ("ab*ba", "aba"),
         ] {
             assert!(!pattern_matches(pattern, text), "{pattern} {text}");
         }

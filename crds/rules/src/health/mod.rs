@@ -143,9 +143,9 @@ pub struct Circumstances {
     pub ready_since: Duration,
     /// Most restarts an hour that a policy allows.
     pub most_an_hour: Option<u32>,
-    /// Replicas that the probe selects and finds healthy, among those that this machine sees.
+    /// Replicas in the fleet that the probe selects and finds healthy, as far as this machine knows.
     pub healthy: u32,
-    /// Replicas that the probe selects, among those that this machine sees.
+    /// Replicas in the fleet that the probe selects, as far as this machine knows.
     pub replicas: u32,
 }
 

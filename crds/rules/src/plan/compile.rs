@@ -3,14 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use freehold_crds::conditions::reason;
+use freehold_crds::health_probe::RemediationAction;
 use freehold_crds::inference_node::{
-    Assignment, Backend, CompiledPolicy, CompiledProbe, InferenceNodeSpec, Route,
+    Assignment, Backend, CompiledPolicy, CompiledProbe, InferenceNodeSpec, Phase, ProbeState, ReplicaCount,
+    Route,
 };
 use freehold_crds::{GovernancePolicy, HealthProbe, ModelDeployment, ObjectKey};
 use kube::ResourceExt;
 
 use super::fleet::Fleet;
-use super::{DeploymentPlan, FleetInput, Liveness, NodeInput, Plan};
+use super::{DeploymentPlan, FleetInput, Liveness, NodeInput, Placed, Plan};
 use crate::govern;
 use crate::labels;
 use crate::validate::{key_of, validate_probe};
@@ -37,11 +39,17 @@ pub(super) fn compile(
     for (name, machine) in fleet.machines {
         let mut assignments = machine.planned;
         assignments.sort_by(|a, b| a.name.cmp(&b.name));
-        let probes = probes(input, &deployments, &assignments);
+        let mut probes = probes(input, &deployments, &assignments);
+        for probe in &mut probes {
+            probe.elsewhere = elsewhere(name, probe, plan, &nodes);
+        }
         let routes = routes(name, &deployments, plan, &nodes);
         plan.nodes.insert(
             name.to_owned(),
             InferenceNodeSpec {
+                // A machine that has told nothing yet has only just come, or come back: what is planned
+                // for it is not what it shall do, and what it does is better than nothing.
+                planned: machine.node.spec.planned || machine.node.status.inventory.allocatable_bytes > 0,
                 assignments,
                 policies: policies.clone(),
                 probes,
@@ -121,11 +129,51 @@ fn probes(
                 failure_threshold: probe.spec.failure_threshold,
                 success_threshold: probe.spec.success_threshold,
                 remediation: probe.spec.remediation.clone(),
+                elsewhere: None,
             })
         });
     let mut compiled: Vec<CompiledProbe> = compiled.collect();
     compiled.sort_by(|a, b| a.name.cmp(&b.name));
     compiled
+}
+
+/// The probe's replicas on other machines, counted where the watchdog needs them: only a probe that may
+/// restart something and has a floor for the fleet, so that other specs stay as they are.
+fn elsewhere(
+    node: &str,
+    probe: &CompiledProbe,
+    plan: &Plan,
+    nodes: &BTreeMap<&str, &NodeInput>,
+) -> Option<ReplicaCount> {
+    let asks =
+        probe.remediation.action == RemediationAction::Restart && probe.remediation.min_healthy_percent > 0;
+    if !asks {
+        return None;
+    }
+    let mut count = ReplicaCount::default();
+    for deployment in &probe.deployments {
+        let key = ObjectKey::new(&probe.namespace, deployment);
+        let planned = plan.deployments.get(&key);
+        let placements = planned.into_iter().flat_map(|planned| &planned.placements);
+        for placed in placements.filter(|placed| placed.node != node) {
+            let machine = nodes.get(placed.node.as_str());
+            count.all += 1;
+            count.healthy += u32::from(machine.is_some_and(|machine| is_well(machine, placed, probe)));
+        }
+    }
+    Some(count)
+}
+
+/// Whether a replica on another machine answers, as far as is known, and passes the probe.
+fn is_well(machine: &NodeInput, placed: &Placed, probe: &CompiledProbe) -> bool {
+    let mut instances = machine.status.instances.iter();
+    let instance = instances.find(|instance| instance.name == placed.assignment);
+    machine.liveness == Liveness::Alive
+        && instance.is_some_and(|instance| {
+            let mut results = instance.probes.iter().filter(|result| result.probe == probe.name);
+            matches!(instance.phase, Phase::Ready | Phase::Idle)
+                && results.all(|result| result.state != ProbeState::Failing)
+        })
 }
 
 /// The names that the gateway of `node` answers to: its own workers first.

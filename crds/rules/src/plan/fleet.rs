@@ -1,6 +1,6 @@
 //! The machines while a plan is made: what is reserved on each so far.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use freehold_crds::inference_node::{Assignment, Instance};
 use freehold_crds::model_deployment::ModelFacts;
@@ -17,6 +17,8 @@ pub(super) struct Machine<'a> {
 /// The machines by name.
 pub(super) struct Fleet<'a> {
     pub(super) machines: BTreeMap<&'a str, Machine<'a>>,
+    /// The deployments whose place is known: what they held and do not hold in the plan is free.
+    settled: BTreeSet<ObjectKey>,
 }
 
 impl<'a> Fleet<'a> {
@@ -32,7 +34,26 @@ impl<'a> Fleet<'a> {
         });
         Self {
             machines: machines.collect(),
+            settled: BTreeSet::new(),
         }
+    }
+
+    /// A deployment has been planned, or is on its way out.
+    pub(super) fn settle(&mut self, key: &ObjectKey) {
+        self.settled.insert(key.clone());
+    }
+
+    /// Memory of a machine that `newcomer` may take: what models may take, less what is planned, and less
+    /// what others hold now and have not been planned yet (they keep their place, for now).
+    pub(super) fn free_bytes(&self, machine: &Machine<'_>, newcomer: &ObjectKey) -> u64 {
+        let planned: u64 = machine.planned.iter().map(|a| a.memory_bytes).sum();
+        let others = machine.node.spec.assignments.iter().filter(|held| {
+            let holder = ObjectKey::new(&held.namespace, &held.deployment);
+            holder != *newcomer && !self.settled.contains(&holder)
+        });
+        let held: u64 = others.map(|a| a.memory_bytes).sum();
+        let allocatable = machine.node.status.inventory.allocatable_bytes;
+        allocatable.saturating_sub(planned).saturating_sub(held)
     }
 
     /// Facts of an assignment's model, from whichever machine has read it.
@@ -44,6 +65,18 @@ impl<'a> Fleet<'a> {
 }
 
 impl<'a> Machine<'a> {
+    /// What the agent says of an assignment that it was given with the spec of now; what it said before is
+    /// of the past.
+    pub(super) fn current(&self, assignment: &str) -> Option<&'a Instance> {
+        let assigned = self.node.spec.assignments.iter().any(|a| a.name == assignment);
+        self.instance(assignment)
+            .filter(|_| assigned && self.has_taken_up_its_spec())
+    }
+
+    pub(super) fn has_taken_up_its_spec(&self) -> bool {
+        self.node.status.observed_generation.unwrap_or(0) >= self.node.generation
+    }
+
     pub(super) fn instance(&self, assignment: &str) -> Option<&'a Instance> {
         self.node
             .status
@@ -57,23 +90,6 @@ impl<'a> Machine<'a> {
         let held = self.node.spec.assignments.iter();
         held.filter(|a| a.namespace == key.namespace && a.deployment == key.name)
             .collect()
-    }
-
-    /// Memory that is not reserved: what models may take, less what is planned, and less what others
-    /// hold now and have not been planned yet (they were there before and keep their place).
-    pub(super) fn free_bytes(&self, newcomer: &ObjectKey, settled: &dyn Fn(&Assignment) -> bool) -> u64 {
-        let planned: u64 = self.planned.iter().map(|a| a.memory_bytes).sum();
-        let others = self.node.spec.assignments.iter().filter(|held| {
-            let own = held.namespace == newcomer.namespace && held.deployment == newcomer.name;
-            !own && !settled(held)
-        });
-        let held: u64 = others.map(|a| a.memory_bytes).sum();
-        self.node
-            .status
-            .inventory
-            .allocatable_bytes
-            .saturating_sub(planned)
-            .saturating_sub(held)
     }
 
     /// Whether anything can be placed here anew.

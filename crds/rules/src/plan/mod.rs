@@ -22,6 +22,7 @@ use kube::ResourceExt;
 use crate::validate::key_of;
 use fleet::Fleet;
 
+pub(crate) use placement::withheld_text;
 pub use revision::revision_name;
 
 /// Everything that a plan is made of.
@@ -115,10 +116,23 @@ pub struct DeploymentPlan {
     pub violations: Vec<Violation>,
     /// Names on the bus.
     pub names: Vec<String>,
+    /// Names that it asks for and that an older deployment holds.
+    pub withheld: Vec<Withheld>,
+    /// What is carried out otherwise than the spec says, in words.
+    pub notes: Vec<String>,
     /// Why it is not placed as asked.
     pub obstacle: Option<Obstacle>,
     /// Set when the last good revision serves in place of the one that the spec asks for: why.
     pub rolled_back: Option<String>,
+}
+
+/// A name that a deployment asks for and does not get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Withheld {
+    /// The name.
+    pub name: String,
+    /// The older deployment that holds it.
+    pub holder: ObjectKey,
 }
 
 /// One replica in the plan.
@@ -142,6 +156,7 @@ pub fn plan(input: &FleetInput, now: Timestamp) -> Plan {
     let mut taken: BTreeMap<String, ObjectKey> = BTreeMap::new();
     for deployment in &deployments {
         if deployment.metadata.deletion_timestamp.is_some() {
+            fleet.settle(&key_of(*deployment));
             continue;
         }
         let planned = placement::place(
@@ -152,6 +167,7 @@ pub fn plan(input: &FleetInput, now: Timestamp) -> Plan {
             now,
             &mut plan.replan_at,
         );
+        fleet.settle(&key_of(*deployment));
         plan.deployments.insert(key_of(*deployment), planned);
     }
     let live: BTreeSet<ObjectKey> = plan.deployments.keys().cloned().collect();

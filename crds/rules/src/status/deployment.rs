@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 
 use freehold_crds::conditions::{self, reason};
 use freehold_crds::inference_node::{Instance, Phase, ProbeState};
-use freehold_crds::model_deployment::{DeploymentInstance, HealthSummary, ModelDeploymentStatus};
+use freehold_crds::model_deployment::{DeploymentInstance, HealthSummary, ModelDeploymentStatus, Rollback};
 use freehold_crds::{Enforcement, ModelDeployment};
 use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::Conditions;
 use crate::plan::memory::mib;
-use crate::plan::{DeploymentPlan, FleetInput, Liveness, NodeInput, Placed, Plan};
+use crate::plan::{DeploymentPlan, FleetInput, Liveness, NodeInput, Placed, Plan, withheld_text};
 use crate::validate::key_of;
 
 /// The status of `deployment` under `plan`.
@@ -45,7 +46,8 @@ pub fn deployment_status(
         .filter(|r| r.wanted(planned))
         .find_map(|r| r.instance?.model.clone());
     let generation = deployment.metadata.generation;
-    let verdict = verdict(planned, &replicas, current.len(), ready.len());
+    let stable_revision = old.stable.as_ref().map(|stable| stable.revision.as_str());
+    let verdict = verdict(planned, &replicas, current.len(), ready.len(), stable_revision);
     let wanted_ready = planned.wanted > 0 && current.len() >= planned.wanted as usize;
     let stable = if wanted_ready && planned.rolled_back.is_none() {
         planned.template.clone().or(old.stable.clone())
@@ -165,6 +167,12 @@ pub fn deployment_status(
         model: facts.or_else(|| planned.facts.clone()),
         memory: planned.memory.clone(),
         revision: planned.revision.clone(),
+        revision_since: revision_since(planned, &old, now),
+        rollback: planned.rolled_back.as_ref().map(|message| Rollback {
+            revision: planned.revision.clone().unwrap_or_default(),
+            generation,
+            message: message.clone(),
+        }),
         stable,
         instances: replicas.iter().map(Replica::to_status).collect(),
         plan: planned.reasons.clone(),
@@ -175,6 +183,18 @@ pub fn deployment_status(
 
 fn count(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+/// Since when the spec asks for its revision; anew where one that was taken back is tried again.
+fn revision_since(planned: &DeploymentPlan, old: &ModelDeploymentStatus, now: Timestamp) -> Option<Time> {
+    planned.revision.as_ref()?;
+    let tried_again = old.rollback.is_some() && planned.rolled_back.is_none();
+    let since = old
+        .revision_since
+        .clone()
+        .filter(|_| old.revision == planned.revision && !tried_again);
+    // Kubernetes writes times in whole seconds; a finer one would never compare equal to itself.
+    since.or_else(|| Timestamp::from_second(now.as_second()).ok().map(Time))
 }
 
 /// One placement with what its machine says.
@@ -284,7 +304,13 @@ struct Verdict {
 }
 
 /// The one sentence about a deployment.
-fn verdict(planned: &DeploymentPlan, replicas: &[Replica<'_>], current: usize, serving: usize) -> Verdict {
+fn verdict(
+    planned: &DeploymentPlan,
+    replicas: &[Replica<'_>],
+    current: usize,
+    serving: usize,
+    stable: Option<&str>,
+) -> Verdict {
     let wanted = planned.wanted as usize;
     let not = |stalled, reason, message| Verdict {
         ready: false,
@@ -293,7 +319,9 @@ fn verdict(planned: &DeploymentPlan, replicas: &[Replica<'_>], current: usize, s
         message,
     };
     if let Some(why) = &planned.rolled_back {
-        return not(true, reason::ROLLED_BACK, why.clone());
+        let stable = after_rollback(planned, replicas, serving, stable.unwrap_or_default());
+        let message = format!("{why}; {stable}; change the spec to try again");
+        return not(true, reason::ROLLED_BACK, message);
     }
     if let Some(obstacle) = planned
         .obstacle
@@ -315,16 +343,25 @@ fn verdict(planned: &DeploymentPlan, replicas: &[Replica<'_>], current: usize, s
             .iter()
             .filter(|r| r.wanted(planned))
             .all(|r| r.phase() == Phase::Idle);
+        if !planned.withheld.is_empty() {
+            let message = format!(
+                "{current} of {wanted} replicas serve as {}; {}",
+                planned.names.join(", "),
+                withheld_text(&planned.withheld)
+            );
+            return not(true, reason::NAME_TAKEN, message);
+        }
         let (reason, message) = if idle {
             (reason::IDLE, "asleep; the first request wakes it".to_owned())
         } else {
             (reason::SERVING, format!("{current} of {wanted} replicas serve"))
         };
+        let notes = planned.notes.iter().map(|note| format!("; {note}"));
         return Verdict {
             ready: true,
             stalled: false,
             reason,
-            message,
+            message: message + &notes.collect::<String>(),
         };
     }
     let waiting: Vec<&Replica<'_>> = replicas
@@ -370,6 +407,34 @@ fn verdict(planned: &DeploymentPlan, replicas: &[Replica<'_>], current: usize, s
         _ => reason::PROGRESSING,
     };
     not(false, reason, format!("{words}{serving_text}"))
+}
+
+/// What became of the last good revision once another was taken back.
+fn after_rollback(
+    planned: &DeploymentPlan,
+    replicas: &[Replica<'_>],
+    serving: usize,
+    stable: &str,
+) -> String {
+    if let Some(obstacle) = &planned.obstacle {
+        return format!(
+            "revision {stable}, the last good one, cannot serve: {}",
+            obstacle.message
+        );
+    }
+    let wanted = planned.wanted as usize;
+    if serving >= wanted {
+        let names = planned.names.join(", ");
+        return format!("revision {stable} serves on as {names}, {serving} of {wanted} replicas");
+    }
+    let waiting = replicas.iter().filter(|replica| !replica.serves());
+    let words: Vec<String> = waiting.map(Replica::message).collect();
+    let words = if words.is_empty() {
+        "no machine has room for it".to_owned()
+    } else {
+        words.join("; ")
+    };
+    format!("revision {stable} is put back, {serving} of {wanted} replicas serve ({words})")
 }
 
 /// An agent's reason, if it is one that we know; conditions carry nothing else.

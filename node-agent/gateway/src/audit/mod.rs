@@ -20,8 +20,10 @@ use freehold_rules::govern::request::RequestViolation;
 use jiff::Timestamp;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
+use crate::exchange::CLIENT_LEFT;
 use crate::metrics::Endpoint;
 use writer::{Entry, Writer};
 
@@ -36,8 +38,9 @@ const OPEN_LIMIT: Duration = Duration::from_secs(2);
 pub(crate) enum OpenRecord {
     #[error("failed to write the audit record: {0}")]
     Write(String),
+    /// The line may still come into the file; its record then ends as the request does.
     #[error("the audit writer did not answer within {} s", OPEN_LIMIT.as_secs())]
-    TooSlow,
+    TooSlow(Option<Record>),
     #[error("the audit writer has stopped")]
     Stopped,
 }
@@ -116,17 +119,40 @@ pub(crate) struct AuditLog {
     writer: Writer,
 }
 
-/// A record that is open; [`Record::close`] ends it.
+/// A record that is open; [`Record::close`] ends it. One that is dropped instead belongs to a client that
+/// left before anything else could be said of it.
 #[derive(Debug)]
 pub(crate) struct Record {
     id: String,
     node: String,
-    /// A place in the channel, kept from the start so that the end is never lost.
-    place: mpsc::OwnedPermit<Entry>,
+    /// A place in the channel, kept from the start so that the end is never lost; None once it is told.
+    place: Option<mpsc::OwnedPermit<Entry>>,
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.end(&Outcome {
+            code: CLIENT_LEFT,
+            error: Some("client_left".to_owned()),
+            ..Outcome::default()
+        });
+    }
 }
 
 impl Record {
-    pub(crate) fn close(self, outcome: &Outcome) {
+    pub(crate) fn close(mut self, outcome: &Outcome) {
+        self.end(outcome);
+    }
+
+    /// The first line did not come into the file, so there is nothing to end.
+    fn forget(mut self) {
+        self.place = None;
+    }
+
+    fn end(&mut self, outcome: &Outcome) {
+        let Some(place) = self.place.take() else {
+            return;
+        };
         let line = Line {
             time: Timestamp::now(),
             event: "closed",
@@ -136,7 +162,7 @@ impl Record {
             outcome: Some(outcome),
             refused_by: None,
         };
-        self.place.send(line.entry());
+        place.send(line.entry());
     }
 }
 
@@ -150,6 +176,8 @@ impl AuditLog {
     }
 
     /// Writes the first line of a request. Returns once the line is in the file.
+    ///
+    /// Cancel safety: once the line is on its way, a caller that goes away leaves a closed record.
     pub(crate) async fn open_record(&self, about: &Request) -> Result<Record, OpenRecord> {
         let id = new_id();
         let line = Line {
@@ -164,26 +192,31 @@ impl AuditLog {
         let mut entry = line.entry();
         let (written, told) = oneshot::channel();
         entry.written = Some(written);
-        let opening = async {
-            let sender = self.writer.sender();
-            let place = sender
-                .clone()
-                .reserve_owned()
-                .await
-                .map_err(|_| OpenRecord::Stopped)?;
-            sender.send(entry).await.map_err(|_| OpenRecord::Stopped)?;
-            told.await
-                .map_err(|_| OpenRecord::Stopped)?
-                .map_err(OpenRecord::Write)?;
-            Ok(Record {
-                id,
-                node: self.node.clone(),
-                place,
-            })
+        let deadline = Instant::now() + OPEN_LIMIT;
+        let sender = self.writer.sender();
+        let handing_over = async {
+            let place = sender.clone().reserve_owned().await?;
+            let own = sender.reserve().await?;
+            own.send(entry);
+            Ok::<_, mpsc::error::SendError<()>>(place)
         };
-        tokio::time::timeout(OPEN_LIMIT, opening)
+        let place = timeout_at(deadline, handing_over)
             .await
-            .unwrap_or(Err(OpenRecord::TooSlow))
+            .map_err(|_| OpenRecord::TooSlow(None))?
+            .map_err(|_| OpenRecord::Stopped)?;
+        let record = Record {
+            id,
+            node: self.node.clone(),
+            place: Some(place),
+        };
+        let problem = match timeout_at(deadline, told).await {
+            Ok(Ok(Ok(()))) => return Ok(record),
+            Ok(Ok(Err(problem))) => OpenRecord::Write(problem),
+            Ok(Err(_)) => OpenRecord::Stopped,
+            Err(_) => return Err(OpenRecord::TooSlow(Some(record))),
+        };
+        record.forget();
+        Err(problem)
     }
 
     /// Notes a request that was turned away. Does not wait; false where too many came at once.
@@ -228,4 +261,58 @@ impl AuditLog {
 /// Names of records sort by time.
 fn new_id() -> String {
     Uuid::now_v7().simple().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    fn about(number: usize) -> Request {
+        Request {
+            request: format!("r{number}"),
+            endpoint: Endpoint::chat_completions,
+            model: None,
+            deployment: None,
+            key: None,
+            violations: Vec::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_while_its_record_opens_leaves_a_closed_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log = AuditLog::open(folder.path().to_owned(), "here".to_owned()).expect("a log");
+        for number in 0..100 {
+            let about = about(number);
+            // Polled once and dropped: the line is on its way, and nobody waits for it.
+            let _ = tokio::task::unconstrained(log.open_record(&about)).now_or_never();
+        }
+        log.flush().await;
+        let mut lines = Vec::new();
+        for entry in std::fs::read_dir(folder.path()).expect("the folder") {
+            let text = std::fs::read_to_string(entry.expect("an entry").path()).expect("a file");
+            lines.extend(
+                text.lines()
+                    .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON")),
+            );
+        }
+        let records = |event: &str| {
+            let mut records: Vec<String> = lines
+                .iter()
+                .filter(|line| line["event"] == event)
+                .map(|line| line["record"].to_string())
+                .collect();
+            records.sort();
+            records
+        };
+        assert_eq!(records("opened").len(), 100);
+        assert_eq!(records("opened"), records("closed"));
+        let left = lines.iter().filter(|line| line["event"] == "closed");
+        assert!(
+            left.clone().all(|line| line["error"] == "client_left"),
+            "{lines:?}"
+        );
+    }
 }
