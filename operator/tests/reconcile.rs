@@ -543,8 +543,14 @@ async fn a_machine_whose_object_is_made_anew_gets_no_plan_before_it_has_told_wha
     let node = world
         .until(&world.nodes(), "pi", "was planned for", |node| node.spec.planned)
         .await;
+    // By name: how much memory each takes is known more exactly once the agent has told of the model.
+    let names = |node: &InferenceNode| -> Vec<String> {
+        let names = node.spec.assignments.iter().map(|a| a.name.clone());
+        names.collect()
+    };
     assert_eq!(
-        node.spec.assignments, before.spec.assignments,
+        names(&node),
+        names(&before),
         "the first plan that counts holds what was there"
     );
     world.until_ready("chat").await;
