@@ -124,6 +124,7 @@ impl Ours {
                 prompt: Prompt::Tokens(prompt.clone()),
                 max_tokens: Some(count as u32),
                 max_context: None,
+                scope: String::new(),
                 stop: Vec::new(),
                 sampling: SamplingParams {
                     logit_bias: self.bias.clone(),

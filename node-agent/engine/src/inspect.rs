@@ -49,15 +49,18 @@ pub enum KvType {
     F16,
     /// 32-bit floats.
     F32,
+    /// 8-bit integers with a scale for every 32 of a token's numbers.
+    Q8,
 }
 
 impl KvType {
-    /// Bytes of one number.
+    /// Bytes of one head's key or value for a token.
     #[must_use]
-    pub fn bytes(self) -> u64 {
+    pub fn head_bytes(self, head_dim: u64) -> u64 {
         match self {
-            Self::F16 => 2,
-            Self::F32 => 4,
+            Self::F16 => 2 * head_dim,
+            Self::F32 => 4 * head_dim,
+            Self::Q8 => head_dim + 4 * head_dim.div_ceil(32),
         }
     }
 }
@@ -110,8 +113,7 @@ impl ModelFacts {
             ModelKind::Generate => {
                 2 * u64::from(self.block_count)
                     * u64::from(self.kv_head_count)
-                    * u64::from(self.head_dim)
-                    * kv_type.bytes()
+                    * kv_type.head_bytes(u64::from(self.head_dim))
             }
         }
     }

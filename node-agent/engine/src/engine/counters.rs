@@ -17,6 +17,10 @@ pub(crate) struct Counters {
     blocks: AtomicUsize,
     /// Requests that were accepted and have not ended, queued ones included.
     present: AtomicUsize,
+    shared: AtomicU64,
+    guessed: AtomicU64,
+    accepted: AtomicU64,
+    preemptions: AtomicU64,
     pace: Mutex<Pace>,
 }
 
@@ -24,6 +28,23 @@ pub(crate) struct Counters {
 struct Pace {
     last: Option<Instant>,
     tokens_per_second: f64,
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct StepCount {
+    /// Rows of prompts.
+    pub(crate) prompt_rows: usize,
+    /// Rows of answers, guessed tokens included.
+    pub(crate) decode_rows: usize,
+    /// Answers that had such rows.
+    pub(crate) writing: usize,
+    /// Tokens chosen.
+    pub(crate) generated: usize,
+    /// Tokens guessed.
+    pub(crate) guessed: usize,
+    /// Guesses that came true.
+    pub(crate) accepted: usize,
 }
 
 impl Counters {
@@ -52,16 +73,29 @@ impl Counters {
         self.present.fetch_sub(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn step(&self, prompt: usize, generated: usize) {
-        self.steps.fetch_add(1, Ordering::Relaxed);
-        self.prompt_tokens.fetch_add(prompt as u64, Ordering::Relaxed);
-        self.tokens_generated
-            .fetch_add(generated as u64, Ordering::Relaxed);
+    /// Counts tokens of prompts that were known.
+    pub(crate) fn shared(&self, tokens: usize) {
+        self.shared.fetch_add(tokens as u64, Ordering::Relaxed);
+    }
+
+    /// Counts an answer that was set aside.
+    pub(crate) fn preempted(&self) {
+        self.preemptions.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn step(&self, step: &StepCount) {
+        let add = |counter: &AtomicU64, count: usize| counter.fetch_add(count as u64, Ordering::Relaxed);
+        add(&self.steps, 1);
+        add(&self.prompt_tokens, step.prompt_rows);
+        add(&self.tokens_generated, step.generated);
+        add(&self.guessed, step.guessed);
+        add(&self.accepted, step.accepted);
         let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         // Only steps that held no prompt tell the pace of decoding.
-        if let (Some(last), true) = (pace.last, prompt == 0 && generated > 0) {
-            let rate = 1.0 / now.duration_since(last).as_secs_f64().max(1e-6);
+        if let (Some(last), true) = (pace.last, step.prompt_rows == 0 && step.writing > 0) {
+            let tokens = step.generated as f64 / step.writing as f64;
+            let rate = tokens / now.duration_since(last).as_secs_f64().max(1e-6);
             pace.tokens_per_second = if pace.tokens_per_second == 0.0 {
                 rate
             } else {
@@ -78,6 +112,10 @@ impl Counters {
             prompt_tokens: self.prompt_tokens.load(Ordering::Relaxed),
             active: self.active.load(Ordering::Relaxed),
             queued: self.waiting.load(Ordering::Relaxed),
+            shared_prompt_tokens: self.shared.load(Ordering::Relaxed),
+            guessed_tokens: self.guessed.load(Ordering::Relaxed),
+            accepted_tokens: self.accepted.load(Ordering::Relaxed),
+            preemptions: self.preemptions.load(Ordering::Relaxed),
             kv_blocks_used: self.blocks.load(Ordering::Relaxed),
             tokens_per_second: self
                 .pace

@@ -5,9 +5,9 @@ mod types;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use serde_json::Value;
@@ -15,6 +15,7 @@ use tracing::info;
 
 use crate::gguf::GgufFile;
 use crate::inspect::{ModelFacts, ModelKind, gguf_facts};
+use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kernels::{Compute, WeightPrecision, available_threads};
 use crate::kv::{BlockTable, KvCache, blocks_for};
 use crate::model::{Decoder, DecoderConfig, Encoder, EncoderConfig, Row};
@@ -22,7 +23,7 @@ use crate::scheduler::{Job, Scheduler};
 use crate::template::ChatTemplate;
 use crate::tokenizer::{Special, Tokenizer};
 use crate::{InvalidModel, LoadModel, Reject};
-pub(crate) use counters::Counters;
+pub(crate) use counters::{Counters, StepCount};
 use types::DEFAULT_CONTEXT;
 pub use types::{
     DeviceChoice, Embeddings, EngineOptions, FinishReason, Finished, GenerateEvent, GenerateRequest,
@@ -35,6 +36,7 @@ enum Task {
         template: Option<Box<ChatTemplate>>,
         context_length: usize,
         most_present: usize,
+        speculate: bool,
     },
     Embed {
         encoder: Box<Encoder>,
@@ -126,8 +128,12 @@ impl Engine {
         drop(file);
         let context_length = context_length(options, facts.context_length)?;
         let sequences = options.max_sequences.max(1) as usize;
-        let capacity = sequences * blocks_for(context_length);
-        let mut cache = KvCache::new(decoder.kv_shape(), options.kv_type, capacity);
+        let capacity = kv_blocks(options, sequences, context_length)?;
+        let keep = options
+            .prefix_tokens
+            .map_or(context_length, |tokens| tokens as usize)
+            / BLOCK_TOKENS;
+        let mut cache = KvCache::new(decoder.kv_shape(), options.kv_type, capacity, keep);
         first_pass(&mut decoder, &tokenizer, &mut cache)?;
         let (jobs, receiver) = channel();
         let counters = Arc::new(Counters::default());
@@ -148,6 +154,7 @@ impl Engine {
             template: template.map(Box::new),
             context_length,
             most_present: sequences + options.max_queued as usize,
+            speculate: options.speculate,
         };
         Ok(Self {
             inner: Arc::new(Inner {
@@ -287,6 +294,7 @@ impl Engine {
             jobs,
             context_length,
             most_present,
+            speculate,
             ..
         } = &self.inner.task
         else {
@@ -334,6 +342,8 @@ impl Engine {
             max_tokens,
             stop: request.stop,
             sampling: request.sampling,
+            scope: scope(&request.scope),
+            speculate: *speculate,
             sink,
             cancelled: Arc::clone(&cancelled),
             arrived: Instant::now(),
@@ -385,7 +395,10 @@ impl Engine {
                     .embed(&tokens)
                     .map_err(|error| Reject::Compute(error.to_string()))?,
             );
-            self.inner.counters.step(tokens.len(), 0);
+            self.inner.counters.step(&StepCount {
+                prompt_rows: tokens.len(),
+                ..StepCount::default()
+            });
         }
         Ok(embeddings)
     }
@@ -401,6 +414,13 @@ impl Engine {
     pub fn kind(&self) -> ModelKind {
         self.inner.facts.kind
     }
+}
+
+/// A number for a scope. Kept secret by its keys: nobody can choose a name that falls on another's.
+fn scope(name: &str) -> u64 {
+    use std::hash::BuildHasher;
+    static KEYS: OnceLock<std::hash::RandomState> = OnceLock::new();
+    KEYS.get_or_init(std::hash::RandomState::new).hash_one(name)
 }
 
 /// Guards every text of a conversation, so that nobody can write a turn of somebody else's.
@@ -432,6 +452,25 @@ fn context_length(options: &EngineOptions, own: u32) -> Result<usize, LoadModel>
         });
     }
     Ok(wanted.min(own) as usize)
+}
+
+/// Blocks of the KV cache.
+fn kv_blocks(options: &EngineOptions, sequences: usize, context_length: usize) -> Result<usize, LoadModel> {
+    let one = blocks_for(context_length);
+    let Some(tokens) = options.kv_tokens else {
+        return Ok(sequences * one);
+    };
+    let blocks = tokens as usize / BLOCK_TOKENS;
+    if blocks < one {
+        return Err(LoadModel::InvalidOption {
+            field: "kv_tokens",
+            found: tokens.to_string(),
+            allowed: format!(
+                "at least the context length, {context_length} tokens in whole blocks of {BLOCK_TOKENS}"
+            ),
+        });
+    }
+    Ok(blocks.min(sequences * one))
 }
 
 /// One real step: a model that cannot answer is found out before it takes requests.

@@ -36,6 +36,14 @@ pub struct EngineOptions {
     pub max_queued: u32,
     /// Number format of the KV cache.
     pub kv_type: KvType,
+    /// Tokens that the KV cache holds for all sequences together; None: the full context of each. Where it is
+    /// less, answers share it, and the latest waits when it runs out.
+    pub kv_tokens: Option<u32>,
+    /// Tokens of prompts and answers that are kept for the next request that begins alike, within the
+    /// cache; None: one full context.
+    pub prefix_tokens: Option<u32>,
+    /// Guesses from what was written before, and checks the guess: the same answers, faster where they repeat.
+    pub speculate: bool,
     /// Threads that compute; None: as many as the process may keep busy (affinity and cgroup quota counted).
     pub threads: Option<u32>,
     /// Computes with 32-bit floats throughout, whatever the file holds: slow and large, for checking.
@@ -50,6 +58,9 @@ impl Default for EngineOptions {
             max_sequences: 4,
             max_queued: 32,
             kv_type: KvType::F16,
+            kv_tokens: None,
+            prefix_tokens: None,
+            speculate: true,
             threads: None,
             exact: false,
         }
@@ -95,6 +106,9 @@ pub struct GenerateRequest {
     pub max_tokens: Option<u32>,
     /// Longest prompt and answer together, where that is less than the engine's own.
     pub max_context: Option<u32>,
+    /// Whose request it is: what is known of a prompt is shared within one scope only, so that nobody can
+    /// learn from the time an answer takes what others have asked.
+    pub scope: String,
     /// Texts that end the answer.
     pub stop: Vec<String>,
     /// How tokens are chosen.
@@ -207,11 +221,19 @@ pub struct Progress {
     pub tokens_generated: u64,
     /// Prompt tokens read so far.
     pub prompt_tokens: u64,
+    /// Prompt tokens that were known from before and not read again.
+    pub shared_prompt_tokens: u64,
+    /// Tokens guessed ahead.
+    pub guessed_tokens: u64,
+    /// Guesses that came true.
+    pub accepted_tokens: u64,
+    /// Answers set aside for want of KV cache, to go on later.
+    pub preemptions: u64,
     /// Answers under way.
     pub active: usize,
     /// Requests that wait.
     pub queued: usize,
-    /// Blocks of KV cache in use.
+    /// Blocks of KV cache that answers use.
     pub kv_blocks_used: usize,
     /// Tokens a second of one sequence, over the latest steps.
     pub tokens_per_second: f64,

@@ -16,6 +16,8 @@ use super::{Compute, Operation};
 
 /// Tokens in a block of the cache.
 pub(crate) const BLOCK_TOKENS: usize = 32;
+/// Dimensions that share a scale in a cache of 8-bit integers.
+pub(crate) const SCALE_DIMS: usize = 32;
 /// Tokens of a stretch: what one thread reads of a long context before another can help.
 const STRETCH_TOKENS: usize = 512;
 /// Rows of one sequence in a piece of work.
@@ -39,6 +41,8 @@ pub(crate) trait Cache: Sync {
 pub(crate) enum Numbers<'a> {
     F16(&'a [f16]),
     F32(&'a [f32]),
+    /// Numbers, and scales `[groups of SCALE_DIMS dimensions, 32 tokens]`.
+    Q8(&'a [i8], &'a [f32]),
 }
 
 /// Shape of one attention.
@@ -331,11 +335,17 @@ impl Stretch<'_> {
             let (keys, values) = self.cache.block(run.sequence, block, self.piece.kv_head);
             // Many queries: the numbers are widened once. Few: as they are read.
             let (keys, values) = match (keys, values) {
-                (Numbers::F16(k), Numbers::F16(v)) if run.rows * group > QUERIES => {
-                    rows.resize(k.len() + v.len(), 0.0);
-                    let (wide_keys, wide_values) = rows.split_at_mut(k.len());
-                    widen(simd, k, wide_keys);
-                    widen(simd, v, wide_values);
+                (keys @ (Numbers::F16(_) | Numbers::Q8(..)), values) if run.rows * group > QUERIES => {
+                    rows.resize(keys.len() + values.len(), 0.0);
+                    let (wide_keys, wide_values) = rows.split_at_mut(keys.len());
+                    widen(simd, keys, Lie::Keys, attention.head_dim, wide_keys);
+                    widen(
+                        simd,
+                        values,
+                        Lie::Values { padded },
+                        attention.head_dim,
+                        wide_values,
+                    );
                     (Numbers::F32(wide_keys), Numbers::F32(wide_values))
                 }
                 other => other,
@@ -373,13 +383,26 @@ impl Stretch<'_> {
     }
 }
 
+/// How the tokens of a block lie.
+#[derive(Clone, Copy)]
+enum Lie {
+    Keys,
+    Values { padded: usize },
+}
+
 #[inline(always)]
-fn widen<S: Simd>(simd: S, from: &[f16], to: &mut [f32]) {
-    assert!(from.len() == to.len() && from.len().is_multiple_of(LANES));
-    for start in (0..from.len()).step_by(LANES) {
-        // SAFETY: both have 16 numbers from `start` on; `f16` is a `u16` in memory.
+fn widen<S: Simd>(simd: S, from: Numbers<'_>, lie: Lie, dim: usize, to: &mut [f32]) {
+    assert!(from.len() == to.len() && from.len().is_multiple_of(LANES) && from.has_scales(dim));
+    // What keys have beyond their dimensions is not read; of values, less than 16 numbers are.
+    let end = match lie {
+        Lie::Keys => dim * BLOCK_TOKENS,
+        Lie::Values { .. } => from.len(),
+    };
+    for start in (0..end.min(from.len())).step_by(LANES) {
+        // SAFETY: both have 16 numbers from `start` on, whose first dimension is below `dim`: padding is
+        // less than 16 numbers long.
         unsafe {
-            let x = simd.load_f16(from.as_ptr().add(start).cast());
+            let x = from.load(simd, start, lie);
             simd.store(to.as_mut_ptr().add(start), x);
         }
     }
@@ -399,18 +422,42 @@ impl Numbers<'_> {
         match self {
             Self::F16(x) => x.len(),
             Self::F32(x) => x.len(),
+            Self::Q8(x, _) => x.len(),
+        }
+    }
+
+    /// Whether there is a scale for each number.
+    fn has_scales(&self, dim: usize) -> bool {
+        match self {
+            Self::F16(_) | Self::F32(_) => true,
+            Self::Q8(_, scales) => scales.len() == dim.div_ceil(SCALE_DIMS) * BLOCK_TOKENS,
         }
     }
 
     /// # Safety
-    /// `index + 16` is at most the length.
+    /// `index` is a multiple of 16, `index + 16` at most the length; a scale is there for the first dimension
+    /// of the 16 numbers.
     #[inline(always)]
-    unsafe fn load<S: Simd>(&self, simd: S, index: usize) -> S::F {
+    unsafe fn load<S: Simd>(&self, simd: S, index: usize, lie: Lie) -> S::F {
         // SAFETY: the caller's promise; `f16` is a `u16` in memory.
         unsafe {
             match self {
                 Self::F16(x) => simd.load_f16(x.as_ptr().add(index).cast()),
                 Self::F32(x) => simd.load(x.as_ptr().add(index)),
+                Self::Q8(x, scales) => {
+                    let scales = scales.as_ptr();
+                    let scale = match lie {
+                        Lie::Keys => {
+                            let group = index / BLOCK_TOKENS / SCALE_DIMS;
+                            simd.load(scales.add(group * BLOCK_TOKENS + index % BLOCK_TOKENS))
+                        }
+                        Lie::Values { padded } => {
+                            let (token, group) = (index / padded, index % padded / SCALE_DIMS);
+                            simd.splat(*scales.add(group * BLOCK_TOKENS + token))
+                        }
+                    };
+                    simd.mul(simd.load_i8(x.as_ptr().add(index)), scale)
+                }
             }
         }
     }
@@ -424,13 +471,14 @@ impl Block<'_> {
         let numbers = padded + LANES;
         assert!(queries.len() == N * padded && partials.len() == N * numbers);
         assert!(self.keys.len() >= dim * BLOCK_TOKENS && self.values.len() >= BLOCK_TOKENS * padded);
+        assert!(self.keys.has_scales(dim) && self.values.has_scales(dim));
         let mut scores = [[simd.splat(0.0); 2]; N];
         for d in 0..dim {
             // SAFETY: the assertions above.
             unsafe {
                 let keys = [
-                    self.keys.load(simd, d * BLOCK_TOKENS),
-                    self.keys.load(simd, d * BLOCK_TOKENS + LANES),
+                    self.keys.load(simd, d * BLOCK_TOKENS, Lie::Keys),
+                    self.keys.load(simd, d * BLOCK_TOKENS + LANES, Lie::Keys),
                 ];
                 for (query, scores) in scores.iter_mut().enumerate() {
                     let x = simd.splat(*queries.as_ptr().add(query * padded + d));
@@ -489,7 +537,8 @@ impl Block<'_> {
             for token in 0..seen {
                 let mut value = [simd.splat(0.0); D];
                 for (d, value) in value.iter_mut().enumerate() {
-                    *value = self.values.load(simd, token * padded + start + d * LANES);
+                    let index = token * padded + start + d * LANES;
+                    *value = self.values.load(simd, index, Lie::Values { padded });
                 }
                 for query in 0..N {
                     let weight = simd.splat(weights[query][token]);

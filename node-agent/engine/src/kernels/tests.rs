@@ -6,7 +6,7 @@ use half::f16;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::attention::{Attention, BLOCK_TOKENS, Cache, Numbers, Run, padded};
+use super::attention::{Attention, BLOCK_TOKENS, Cache, Numbers, Run, SCALE_DIMS, padded};
 use super::vector::{HeadShape, argmax};
 use super::*;
 
@@ -451,6 +451,96 @@ fn attention_equals_plain_arithmetic_and_no_row_knows_the_others() {
                     compute.attend(&attention, &cache, &[run], &queries[range.clone()], &mut alone);
                     assert_eq!(alone, together[range], "{}", compute.dispatch.name());
                 }
+            }
+        }
+    }
+}
+
+/// A cache of one head: blocks of keys and values.
+struct Blocks<'a>(Vec<(Numbers<'a>, Numbers<'a>)>);
+
+impl Cache for Blocks<'_> {
+    fn block(&self, _: usize, block: usize, _: usize) -> (Numbers<'_>, Numbers<'_>) {
+        self.0[block]
+    }
+}
+
+#[test]
+fn a_cache_of_8_bits_equals_the_floats_that_it_stands_for() {
+    let mut rng = StdRng::seed_from_u64(11);
+    for head_dim in [64, 80, 16] {
+        let (width, groups, blocks) = (padded(head_dim), head_dim.div_ceil(SCALE_DIMS), 3);
+        let size = width * BLOCK_TOKENS;
+        let mut small =
+            |count: usize| -> Vec<i8> { (0..count).map(|_| rng.random_range(-127..=127)).collect() };
+        let (keys, values) = (small(size * blocks), small(size * blocks));
+        let scales = numbers(&mut StdRng::seed_from_u64(3), groups * BLOCK_TOKENS * blocks);
+        let scale = |block: usize, group: usize, token: usize| {
+            let group = group.min(groups - 1);
+            scales[(block * groups + group) * BLOCK_TOKENS + token]
+        };
+        let wide = |from: &[i8], keys: bool| -> Vec<f32> {
+            let place = |index: usize| {
+                let (block, index) = (index / size, index % size);
+                let (d, token) = if keys {
+                    (index / BLOCK_TOKENS, index % BLOCK_TOKENS)
+                } else {
+                    (index % width, index / width)
+                };
+                scale(block, d / SCALE_DIMS, token)
+            };
+            from.iter()
+                .enumerate()
+                .map(|(index, x)| f32::from(*x) * place(index))
+                .collect()
+        };
+        let (wide_keys, wide_values) = (wide(&keys, true), wide(&values, false));
+        let range = |block: usize| block * size..(block + 1) * size;
+        let scales =
+            |block: usize| &scales[block * groups * BLOCK_TOKENS..(block + 1) * groups * BLOCK_TOKENS];
+        let of_8_bits = |block| {
+            (
+                Numbers::Q8(&keys[range(block)], scales(block)),
+                Numbers::Q8(&values[range(block)], scales(block)),
+            )
+        };
+        let of_floats = |block| {
+            (
+                Numbers::F32(&wide_keys[range(block)]),
+                Numbers::F32(&wide_values[range(block)]),
+            )
+        };
+        let caches = [
+            Blocks((0..blocks).map(of_8_bits).collect()),
+            Blocks((0..blocks).map(of_floats).collect()),
+        ];
+        for compute in contexts() {
+            for rows in [1, 7] {
+                let attention = Attention {
+                    heads: 2,
+                    kv_heads: 1,
+                    head_dim,
+                    scale: 0.01,
+                    window: None,
+                };
+                let run = Run {
+                    sequence: 0,
+                    first_row: 0,
+                    rows,
+                    position: 80 - rows,
+                };
+                let queries = numbers(&mut StdRng::seed_from_u64(5), rows * 2 * head_dim);
+                let [small, float] = [&caches[0], &caches[1]].map(|cache| {
+                    let mut out = vec![0.0; queries.len()];
+                    compute.attend(&attention, cache, &[run], &queries, &mut out);
+                    out
+                });
+                assert_eq!(
+                    small,
+                    float,
+                    "{} {rows} rows of {head_dim}",
+                    compute.dispatch.name()
+                );
             }
         }
     }

@@ -5,11 +5,14 @@
 //!                                        ▲                  │
 //!                                        └── cancelled, finished: blocks come back
 //! ```
-//! Continuous batching: every step holds one row of each answer under way and as many prompt rows as the
-//! step's budget allows, so a long prompt slows the others and never stops them. Admission is first come,
-//! first served; a request is admitted when blocks for its whole prompt and answer are free, so nothing
-//! that was begun ever runs out of memory.
+//! Continuous batching: every step holds a row of each answer under way, the rows of what is guessed to come
+//! after it ([`draft`]), and as many prompt rows as leave the answers half their pace ([`pace`]). Admission is
+//! first come, first served, by free blocks of the cache; a request that begins like one that is being read
+//! waits for that and shares its blocks. Where blocks run out, the answer that came last gives its own up,
+//! waits, and goes on where it was: nothing that was begun fails for want of memory.
 
+mod draft;
+mod pace;
 mod sequence;
 
 use std::collections::VecDeque;
@@ -17,20 +20,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
 
 use tracing::{debug, error};
 
-use crate::engine::{Counters, FinishReason, Finished, GenerateEvent, Sink};
-use crate::kv::{BlockTable, KvCache, blocks_for};
-use crate::model::{Decoder, Row};
+use crate::engine::{Counters, FinishReason, Sink, StepCount};
+use crate::kernels::attention::BLOCK_TOKENS;
+use crate::kv::{BlockTable, KvCache, common_prefix};
+use crate::model::Decoder;
 use crate::tokenizer::Tokenizer;
+use pace::{Pace, shares};
 use sequence::Sequence;
-
-/// Prompt rows in one step: long enough to be efficient, short enough that the answers under way keep
-/// their pace.
-const PROMPT_ROWS_PER_STEP: usize = 128;
-/// Prompt rows in a step that nobody else waits for; a cancelled prompt is noticed after so many.
-const PROMPT_ROWS_ALONE: usize = 512;
 
 /// A request that was accepted.
 pub(crate) struct Job {
@@ -39,6 +39,10 @@ pub(crate) struct Job {
     pub(crate) max_tokens: usize,
     pub(crate) stop: Vec<String>,
     pub(crate) sampling: crate::SamplingParams,
+    /// Whose prefixes it may share.
+    pub(crate) scope: u64,
+    /// Whether to guess what comes next, and check it.
+    pub(crate) speculate: bool,
     pub(crate) sink: Sink,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) arrived: std::time::Instant,
@@ -52,8 +56,10 @@ pub(crate) struct Scheduler {
     jobs: Receiver<Job>,
     counters: Arc<Counters>,
     max_sequences: usize,
-    waiting: VecDeque<Job>,
+    waiting: VecDeque<Sequence>,
+    /// In order of arrival.
     running: Vec<Sequence>,
+    pace: Pace,
 }
 
 impl Scheduler {
@@ -74,6 +80,7 @@ impl Scheduler {
             max_sequences,
             waiting: VecDeque::new(),
             running: Vec::new(),
+            pace: Pace::default(),
         }
     }
 
@@ -82,14 +89,15 @@ impl Scheduler {
         loop {
             if self.running.is_empty() && self.waiting.is_empty() {
                 self.counters.rest();
+                self.cache.trim();
                 match self.jobs.recv() {
-                    Ok(job) => self.waiting.push_back(job),
+                    Ok(job) => self.waiting.push_back(Sequence::new(job)),
                     Err(_) => return,
                 }
             }
             loop {
                 match self.jobs.try_recv() {
-                    Ok(job) => self.waiting.push_back(job),
+                    Ok(job) => self.waiting.push_back(Sequence::new(job)),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => {
                         self.stop();
@@ -99,16 +107,14 @@ impl Scheduler {
             }
             self.drop_cancelled();
             self.admit();
-            self.counters.set_load(
-                self.running.len(),
-                self.waiting.len(),
-                self.cache.capacity_blocks() - self.cache.free_blocks(),
-            );
+            self.counters
+                .set_load(self.running.len(), self.waiting.len(), self.cache.used_blocks());
             if !self.running.is_empty()
                 && let Err(failure) = self.step()
             {
                 error!(error = %failure, "Failed to compute a step; its answers end");
                 for mut sequence in std::mem::take(&mut self.running) {
+                    // What a broken step wrote must not be shared: released as it was published before.
                     self.cache.release(&mut sequence.table);
                     self.counters.leave();
                     sequence.finish(FinishReason::Error(failure.clone()));
@@ -118,69 +124,138 @@ impl Scheduler {
     }
 
     fn stop(&mut self) {
-        for sequence in std::mem::take(&mut self.running) {
+        let sequences = std::mem::take(&mut self.running)
+            .into_iter()
+            .chain(std::mem::take(&mut self.waiting));
+        for sequence in sequences {
             self.counters.leave();
             sequence.finish(FinishReason::Cancelled);
-        }
-        for job in std::mem::take(&mut self.waiting) {
-            self.counters.leave();
-            job.cancel();
         }
     }
 
     fn drop_cancelled(&mut self) {
-        let (gone, staying): (VecDeque<Job>, VecDeque<Job>) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|job| job.cancelled.load(Ordering::Relaxed));
+        let cancelled = |sequence: &Sequence| sequence.cancelled.load(Ordering::Relaxed);
+        let waiting = std::mem::take(&mut self.waiting).into_iter();
+        let (gone, staying): (VecDeque<_>, VecDeque<_>) = waiting.partition(cancelled);
         self.waiting = staying;
-        for job in gone {
-            debug!(request = %job.id, "Dropped a cancelled request that waited");
-            self.counters.leave();
-            job.cancel();
-        }
-        let (gone, staying): (Vec<Sequence>, Vec<Sequence>) = std::mem::take(&mut self.running)
-            .into_iter()
-            .partition(|s| s.cancelled.load(Ordering::Relaxed));
+        let running = std::mem::take(&mut self.running).into_iter();
+        let (also_gone, staying): (Vec<_>, Vec<_>) = running.partition(cancelled);
         self.running = staying;
-        for mut sequence in gone {
+        for mut sequence in gone.into_iter().chain(also_gone) {
             debug!(request = %sequence.id, "Dropped a cancelled request");
-            self.cache.release(&mut sequence.table);
+            sequence.leave_cache(&mut self.cache);
             self.counters.leave();
             sequence.finish(FinishReason::Cancelled);
         }
     }
 
+    /// Lets those in that waited, in their order. One that begins like one that is being read waits for it,
+    /// and holds up nobody.
     fn admit(&mut self) {
+        let mut index = 0;
         while self.running.len() < self.max_sequences {
-            let Some(job) = self.waiting.front() else { return };
-            let tokens = job.prompt.len() + job.max_tokens;
-            if blocks_for(tokens) > self.cache.free_blocks() {
-                return;
-            }
-            let Some(job) = self.waiting.pop_front() else {
+            let Some(next) = self.waiting.get(index) else {
                 return;
             };
-            let mut table = BlockTable::default();
-            if !self.cache.reserve(&mut table, tokens) {
-                self.waiting.push_front(job);
+            if self.follows(next) {
+                index += 1;
+                continue;
+            }
+            // Room for its text, and a block's growth for each that runs.
+            let blocks = self.cache.blocks_wanted(next.scope(), &next.tokens) + self.running.len();
+            if !self.running.is_empty() && blocks > self.cache.available_blocks() {
                 return;
             }
-            self.running.push(Sequence::new(job, table));
+            let Some(mut next) = self.waiting.remove(index) else {
+                return;
+            };
+            next.admit(&mut self.cache);
+            self.counters.shared(next.position);
+            self.running.push(next);
         }
+    }
+
+    /// Whether one that runs is about to compute the beginning of this one.
+    fn follows(&self, next: &Sequence) -> bool {
+        let useful = next.tokens.len().saturating_sub(1);
+        let mut known = None;
+        self.running
+            .iter()
+            .filter(|one| !one.writes() && one.scope() == next.scope())
+            .any(|one| {
+                let common = common_prefix(&one.tokens, &next.tokens[..useful]);
+                let known = *known.get_or_insert_with(|| self.cache.known_prefix(next.scope(), &next.tokens));
+                // What it will have computed, and this one lacks: worth a block at least.
+                one.position < common && common >= known + BLOCK_TOKENS
+            })
+    }
+
+    /// Makes room for the rows of this step. Answers that came last give way.
+    fn make_room(&mut self, shares: &mut Vec<usize>) {
+        let mut index = 0;
+        while index < self.running.len() {
+            let sequence = &mut self.running[index];
+            let end = sequence.position + shares[index];
+            let guessed = sequence.guessed();
+            if self.cache.reserve(&mut sequence.table, end + guessed) {
+                index += 1;
+                continue;
+            }
+            if guessed > 0 {
+                sequence.forget_guess();
+                continue;
+            }
+            // The last to come gives way: to an earlier one, or, last itself, to those before it.
+            shares.pop();
+            if let Some(mut last) = self.running.pop() {
+                debug!(request = %last.id, "Set an answer aside until there is room in the cache");
+                last.forget_guess();
+                last.leave_cache(&mut self.cache);
+                self.counters.preempted();
+                self.waiting.push_front(last);
+            }
+        }
+    }
+
+    /// Rows of each that runs: one of each that writes, a share of each prompt.
+    fn shares(&mut self) -> Vec<usize> {
+        let writing = self.running.iter().filter(|one| one.writes()).count();
+        let prompts: Vec<usize> = self
+            .running
+            .iter()
+            .filter(|one| !one.writes())
+            .map(Sequence::remaining)
+            .collect();
+        let mut prompt_shares = shares(&prompts, self.pace.prompt_rows(writing)).into_iter();
+        let reads = !prompts.is_empty();
+        self.running
+            .iter_mut()
+            .map(|sequence| {
+                if sequence.writes() {
+                    // Beside a prompt every row is dear.
+                    if reads {
+                        sequence.forget_guess();
+                    } else {
+                        sequence.guess(writing);
+                    }
+                    return 1;
+                }
+                prompt_shares.next().unwrap_or(0)
+            })
+            .collect()
     }
 
     /// One forward pass over everything that runs.
     fn step(&mut self) -> Result<(), String> {
+        let began = Instant::now();
+        let mut shares = self.shares();
+        self.make_room(&mut shares);
+        if self.running.is_empty() {
+            return Ok(());
+        }
         let mut rows = Vec::new();
-        // Alone, a prompt may fill the step: nobody else's pace suffers.
-        let most = if self.running.len() == 1 {
-            PROMPT_ROWS_ALONE
-        } else {
-            PROMPT_ROWS_PER_STEP
-        };
-        let mut budget = most;
-        for (index, sequence) in self.running.iter_mut().enumerate() {
-            sequence.push_rows(index, &mut budget, &mut rows);
+        for (index, (sequence, share)) in self.running.iter().zip(&shares).enumerate() {
+            sequence.push_rows(index, *share, &mut rows);
         }
         let tables: Vec<&BlockTable> = self.running.iter().map(|sequence| &sequence.table).collect();
         let (decoder, cache, rows) = (&mut self.decoder, &mut self.cache, rows.as_slice());
@@ -189,51 +264,47 @@ impl Scheduler {
             decoder.forward(rows, &tables, cache);
         });
         catch_unwind(forward).map_err(|_| "a kernel stopped at an assertion".to_owned())?;
-        let owners: Vec<usize> = rows
-            .iter()
-            .filter(|row: &&Row| row.wants_logits)
-            .map(|row| row.sequence)
-            .collect();
-        let generated = owners.len();
-        let logits = self.decoder.logits();
-        let vocab_size = logits.len() / generated.max(1);
+        let vocab_size = self.decoder.config().vocab_size.max(1);
+        let mut logits = self.decoder.logits().chunks_exact_mut(vocab_size);
         let mut finished = Vec::new();
-        for (owner, logits) in owners.into_iter().zip(logits.chunks_exact_mut(vocab_size.max(1))) {
-            let Some(sequence) = self.running.get_mut(owner) else {
+        let mut step = StepCount::default();
+        for (index, (sequence, share)) in self.running.iter_mut().zip(&shares).enumerate() {
+            let wrote = sequence.writes();
+            let guessed = sequence.guessed();
+            if wrote {
+                step.decode_rows += 1 + guessed;
+                step.writing += 1;
+                step.guessed += guessed;
+            } else {
+                step.prompt_rows += share;
+            }
+            let complete = sequence.remaining() == *share;
+            sequence.computed(*share);
+            if !complete {
+                sequence.publish(&mut self.cache, false);
                 continue;
-            };
-            if let Some(reason) = sequence.take(logits, &self.tokenizer) {
-                finished.push((owner, reason));
+            }
+            let rows = logits.by_ref().take(1 + guessed);
+            let mut rows = rows.collect::<Vec<_>>();
+            let (chosen, reason) =
+                sequence.take_all(rows.iter_mut().map(|logits| &mut **logits), &self.tokenizer);
+            step.generated += chosen;
+            step.accepted += (chosen - 1).min(guessed);
+            // The end of a prompt is published whole: its followers go on from there.
+            sequence.publish(&mut self.cache, !wrote);
+            if let Some(reason) = reason {
+                finished.push((index, reason));
             }
         }
-        self.counters.step(most - budget, generated);
-        for (owner, reason) in finished.into_iter().rev() {
-            let mut sequence = self.running.remove(owner);
-            self.cache.release(&mut sequence.table);
+        self.pace
+            .took(step.decode_rows, step.prompt_rows, began.elapsed());
+        self.counters.step(&step);
+        for (index, reason) in finished.into_iter().rev() {
+            let mut sequence = self.running.remove(index);
+            sequence.leave_cache(&mut self.cache);
             self.counters.leave();
             sequence.finish(reason);
         }
         Ok(())
-    }
-}
-
-impl Job {
-    /// Tells the caller that the request was taken.
-    pub(crate) fn start(&mut self) {
-        let _ = (self.sink)(GenerateEvent::Started {
-            prompt_tokens: self.prompt.len(),
-        });
-    }
-
-    /// Tells the caller that it ended before it began.
-    fn cancel(mut self) {
-        let waited = self.arrived.elapsed().as_millis();
-        let _ = (self.sink)(GenerateEvent::Finished(Finished {
-            reason: FinishReason::Cancelled,
-            prompt_tokens: self.prompt.len(),
-            completion_tokens: 0,
-            time_to_first_token_ms: None,
-            duration_ms: u64::try_from(waited).unwrap_or(u64::MAX),
-        }));
     }
 }

@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::Job;
+use super::draft::Lookup;
 use crate::engine::{FinishReason, Finished, GenerateEvent, Sink, TokenLogprob};
-use crate::kv::BlockTable;
+use crate::kernels::attention::BLOCK_TOKENS;
+use crate::kv::{BlockTable, KvCache};
 use crate::model::Row;
 use crate::sampling::Sampler;
 use crate::stop::StopStrings;
@@ -17,13 +19,17 @@ pub(super) struct Sequence {
     pub(super) id: String,
     pub(super) table: BlockTable,
     pub(super) cancelled: Arc<AtomicBool>,
-    prompt: Vec<u32>,
+    /// Prompt and answer.
+    pub(super) tokens: Vec<u32>,
     /// Tokens whose keys and values are in the cache.
-    position: usize,
-    /// The token that was sampled last and goes into the next step.
-    next: Option<u32>,
-    generated: usize,
+    pub(super) position: usize,
+    prompt_tokens: usize,
+    /// Tokens of the prompt that did not have to be computed.
+    pub(super) shared_tokens: usize,
     max_tokens: usize,
+    lookup: Option<Lookup>,
+    /// Tokens guessed for this step; their rows follow the last token's.
+    guess: Vec<u32>,
     sampler: Sampler,
     wants_logprobs: bool,
     stop: StopStrings,
@@ -31,69 +37,168 @@ pub(super) struct Sequence {
     /// Tokens whose text was held back so far.
     held: Vec<TokenLogprob>,
     sink: Sink,
+    started: bool,
     arrived: Instant,
     first_token: Option<Instant>,
 }
 
 impl Sequence {
-    pub(super) fn new(mut job: Job, table: BlockTable) -> Self {
-        job.start();
+    pub(super) fn new(job: Job) -> Self {
         let wants_logprobs = job.sampling.logprobs.is_some();
         Self {
             sampler: Sampler::new(job.sampling, &job.prompt),
             wants_logprobs,
             id: job.id,
-            table,
+            table: BlockTable::new(job.scope),
             cancelled: job.cancelled,
-            prompt: job.prompt,
+            prompt_tokens: job.prompt.len(),
+            tokens: job.prompt,
             position: 0,
-            next: None,
-            generated: 0,
+            shared_tokens: 0,
             max_tokens: job.max_tokens,
+            lookup: job.speculate.then(Lookup::default),
+            guess: Vec::new(),
             stop: StopStrings::new(&job.stop),
             text: Utf8Stream::default(),
             held: Vec::new(),
             sink: job.sink,
+            started: false,
             arrived: job.arrived,
             first_token: None,
         }
     }
 
-    /// Adds this sequence's rows to a step: its last token, or the next part of its prompt.
-    pub(super) fn push_rows(&mut self, index: usize, budget: &mut usize, rows: &mut Vec<Row>) {
-        if let Some(token) = self.next {
-            rows.push(Row {
-                token,
-                position: self.position,
-                sequence: index,
-                wants_logits: true,
-            });
-            self.position += 1;
-            return;
-        }
-        let part = self.prompt.len().saturating_sub(self.position).min(*budget);
-        *budget -= part;
-        for _ in 0..part {
-            let Some(&token) = self.prompt.get(self.position) else {
-                return;
-            };
-            self.position += 1;
-            let wants_logits = self.position == self.prompt.len();
-            rows.push(Row {
-                token,
-                position: self.position - 1,
-                sequence: index,
-                wants_logits,
+    pub(super) fn scope(&self) -> u64 {
+        self.table.scope()
+    }
+
+    /// Rows that must be computed before the next token can be chosen.
+    pub(super) fn remaining(&self) -> usize {
+        self.tokens.len() - self.position
+    }
+
+    /// Whether it writes: everything but the last token is in the cache.
+    pub(super) fn writes(&self) -> bool {
+        self.remaining() == 1
+    }
+
+    fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_tokens
+    }
+
+    /// Takes its place in the batch, with what the cache knows of its beginning.
+    pub(super) fn admit(&mut self, cache: &mut KvCache) {
+        self.position = cache.attach(&mut self.table, &self.tokens);
+        if !self.started {
+            self.started = true;
+            self.shared_tokens = self.position;
+            let _ = (self.sink)(GenerateEvent::Started {
+                prompt_tokens: self.prompt_tokens,
             });
         }
     }
 
+    /// Gives its blocks back. What it wrote stays; it goes on when it is admitted again.
+    pub(super) fn leave_cache(&mut self, cache: &mut KvCache) {
+        self.publish(cache, true);
+        cache.release(&mut self.table);
+        self.position = 0;
+    }
+
+    /// Guesses what comes next, if that pays in a step of `rows` rows.
+    pub(super) fn guess(&mut self, rows: usize) {
+        let most = self.max_tokens.saturating_sub(self.generated() + 1);
+        self.guess = match &mut self.lookup {
+            Some(lookup) if self.tokens.len() - self.position == 1 => lookup.guess(&self.tokens, rows, most),
+            _ => Vec::new(),
+        };
+    }
+
+    /// Goes without guessing in this step.
+    pub(super) fn forget_guess(&mut self) {
+        self.guess.clear();
+    }
+
+    pub(super) fn guessed(&self) -> usize {
+        self.guess.len()
+    }
+
+    /// Adds this sequence's rows to a step: `count` tokens, and those that are guessed after the last one.
+    pub(super) fn push_rows(&self, index: usize, count: usize, rows: &mut Vec<Row>) {
+        let end = (self.position + count).min(self.tokens.len());
+        for position in self.position..end {
+            rows.push(Row {
+                token: self.tokens[position],
+                position,
+                sequence: index,
+                wants_logits: position + 1 == self.tokens.len(),
+            });
+        }
+        if end < self.tokens.len() {
+            return;
+        }
+        for (offset, &token) in self.guess.iter().enumerate() {
+            rows.push(Row {
+                token,
+                position: end + offset,
+                sequence: index,
+                wants_logits: true,
+            });
+        }
+    }
+
+    /// Says that `count` rows of its tokens are in the cache now.
+    pub(super) fn computed(&mut self, count: usize) {
+        self.position = (self.position + count).min(self.tokens.len());
+    }
+
+    /// Takes the logits after its last row, `[vocabulary]`, and after each guessed one, as long as the guesses
+    /// come true. Gives how many tokens were chosen, and the reason when the answer is complete.
+    pub(super) fn take_all<'a>(
+        &mut self,
+        logits: impl Iterator<Item = &'a mut [f32]>,
+        tokenizer: &Tokenizer,
+    ) -> (usize, Option<FinishReason>) {
+        let guess = std::mem::take(&mut self.guess);
+        let mut chosen = 0;
+        let mut reason = None;
+        for logits in logits {
+            reason = self.take(logits, tokenizer);
+            chosen += 1;
+            if reason.is_some() || self.tokens.last() != guess.get(chosen - 1) {
+                break;
+            }
+            // The guessed token's key and value are what the real one's would be.
+            self.position += 1;
+        }
+        if let Some(lookup) = &mut self.lookup {
+            let hits = self.tokens[self.tokens.len() - chosen..]
+                .iter()
+                .zip(&guess)
+                .take_while(|(chosen, guessed)| chosen == guessed)
+                .count();
+            lookup.came_true(guess.len(), hits);
+        }
+        (chosen, reason)
+    }
+
+    /// Lets others use what it computed: whole blocks as they fill, and the rest when `all` is wanted.
+    pub(super) fn publish(&mut self, cache: &mut KvCache, all: bool) {
+        let ready = if all {
+            self.position
+        } else {
+            self.position - self.position % BLOCK_TOKENS
+        };
+        if ready > self.table.published() {
+            cache.publish(&mut self.table, &self.tokens[..ready]);
+        }
+    }
+
     /// Takes the logits after its last row. Gives the reason when the answer is complete.
-    pub(super) fn take(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) -> Option<FinishReason> {
+    fn take(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) -> Option<FinishReason> {
         let sampled = self.sampler.sample(logits);
         self.first_token.get_or_insert_with(Instant::now);
-        self.next = Some(sampled.token);
-        self.generated += 1;
+        self.tokens.push(sampled.token);
         let ends = tokenizer.is_end_of_generation(sampled.token);
         let mut bytes = Vec::new();
         if !ends {
@@ -120,7 +225,7 @@ impl Sequence {
             self.held.push(entry);
         }
         let mut text = self.text.push(&bytes);
-        let done = ends || self.generated >= self.max_tokens;
+        let done = ends || self.generated() >= self.max_tokens;
         if done {
             text.push_str(&self.text.finish());
         }
@@ -167,8 +272,8 @@ impl Sequence {
             |to: Instant| u64::try_from(to.duration_since(self.arrived).as_millis()).unwrap_or(u64::MAX);
         let finished = Finished {
             reason,
-            prompt_tokens: self.prompt.len(),
-            completion_tokens: self.generated,
+            prompt_tokens: self.prompt_tokens,
+            completion_tokens: self.generated(),
             time_to_first_token_ms: self.first_token.map(milliseconds),
             duration_ms: milliseconds(Instant::now()),
         };

@@ -19,6 +19,7 @@ pub fn request(prompt: Vec<u32>, max_tokens: u32) -> GenerateRequest {
         prompt: Prompt::Tokens(prompt),
         max_tokens: Some(max_tokens),
         max_context: None,
+        scope: String::new(),
         stop: Vec::new(),
         sampling: SamplingParams {
             logprobs: Some(1),

@@ -1,0 +1,136 @@
+//! Decoding with and without guesses, in turn, on text that repeats and on text that does not.
+//!
+//! `bench_speculation MODEL.gguf [RUNS]`: medians of tokens a second.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::mpsc::channel;
+
+use freehold_engine::{
+    Engine, EngineOptions, FinishReason, GenerateEvent, GenerateRequest, Prompt, SamplingParams,
+};
+use serde_json::json;
+
+const PASSAGE: &str = "The harbour of Ostermoor lies at the mouth of two rivers, the Lenn and the Varre. \
+Ships from the south bring copper, salt and oranges; ships from the north bring timber, furs and dried fish. \
+In the year 1412 a fire destroyed the eastern quay, and the council ordered that every warehouse be rebuilt \
+in stone. The lighthouse, which still stands, was paid for by a tax of one penny on every barrel of herring.";
+
+fn prompts() -> Vec<(&'static str, Prompt)> {
+    let chat = |text: String| Prompt::Chat {
+        messages: json!([{"role": "user", "content": text}]),
+        tools: None,
+    };
+    let rows = (0..12)
+        .map(|i| format!("{{\"id\": {i}, \"name\": \"item {i}\", \"in_stock\": true, \"colour\": \"blue\"}}"))
+        .collect::<Vec<_>>()
+        .join("\n");
+    vec![
+        (
+            "quote",
+            chat(format!("Repeat this text word for word:\n\n{PASSAGE}")),
+        ),
+        (
+            "edit",
+            chat(format!(
+                "Write this text again with every \"Ostermoor\" changed to \"Westfall\":\n\n{PASSAGE}"
+            )),
+        ),
+        ("json", Prompt::Text(rows)),
+        (
+            "list",
+            Prompt::Text("Monday: open 9 to 5\nTuesday: open 9 to 5\nWednesday: open 9 to 5\n".to_owned()),
+        ),
+        (
+            "story",
+            chat("Tell me a story about a fox who learns to paint.".to_owned()),
+        ),
+        ("explain", chat("Explain how rain forms.".to_owned())),
+        (
+            "prose",
+            Prompt::Text("The old man walked down to the river, where".to_owned()),
+        ),
+        ("poem", chat("Write a poem about winter mornings.".to_owned())),
+    ]
+}
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let Some(path) = arguments.next() else {
+        eprintln!("usage: bench_speculation MODEL.gguf [RUNS]");
+        std::process::exit(2);
+    };
+    let runs = arguments.next().and_then(|runs| runs.parse().ok()).unwrap_or(5);
+    let engines = [false, true].map(|speculate| {
+        let options = EngineOptions {
+            context_length: Some(2048),
+            max_sequences: 1,
+            speculate,
+            ..EngineOptions::default()
+        };
+        match Engine::load(Path::new(&path), &options, |_| ()) {
+            Ok(engine) => engine,
+            Err(error) => {
+                eprintln!("{error}");
+                std::process::exit(1);
+            }
+        }
+    });
+    println!(
+        "{:10} {:>9} {:>9} {:>7} {:>9} {:>9}",
+        "text", "plain/s", "guess/s", "ratio", "guessed", "true"
+    );
+    for (name, prompt) in prompts() {
+        let mut rates = [Vec::new(), Vec::new()];
+        let before = engines[1].progress();
+        for _ in 0..runs {
+            for (engine, rates) in engines.iter().zip(&mut rates) {
+                rates.push(decode(engine, &prompt));
+            }
+        }
+        let after = engines[1].progress();
+        let [plain, guess] = rates.map(|mut rates| {
+            rates.sort_by(f64::total_cmp);
+            rates[rates.len() / 2]
+        });
+        println!(
+            "{name:10} {plain:9.1} {guess:9.1} {:7.2} {:9} {:9}",
+            guess / plain,
+            (after.guessed_tokens - before.guessed_tokens) / runs as u64,
+            (after.accepted_tokens - before.accepted_tokens) / runs as u64,
+        );
+    }
+}
+
+/// Tokens a second after the first, greedily.
+fn decode(engine: &Engine, prompt: &Prompt) -> f64 {
+    let request = GenerateRequest {
+        id: "bench".to_owned(),
+        prompt: prompt.clone(),
+        max_tokens: Some(160),
+        max_context: None,
+        scope: String::new(),
+        stop: Vec::new(),
+        sampling: SamplingParams {
+            logit_bias: vec![(0, -100.0), (2, -100.0)],
+            ..SamplingParams::default()
+        },
+    };
+    let (sender, events) = channel();
+    let sink = Box::new(move |event| {
+        let _ = sender.send(event);
+        ControlFlow::Continue(())
+    });
+    let Ok(_handle) = engine.generate(request, sink) else {
+        return f64::NAN;
+    };
+    for event in events {
+        if let GenerateEvent::Finished(finished) = event {
+            assert_ne!(finished.reason, FinishReason::Cancelled);
+            let first = finished.time_to_first_token_ms.unwrap_or(0);
+            let milliseconds = finished.duration_ms.saturating_sub(first).max(1);
+            return (finished.completion_tokens - 1) as f64 * 1000.0 / milliseconds as f64;
+        }
+    }
+    f64::NAN
+}
