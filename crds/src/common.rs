@@ -143,6 +143,9 @@ pub enum KvType {
     F16,
     /// 32-bit floats.
     F32,
+    /// 8-bit integers with scales, as llama.cpp's q8_0: a little over half the memory of F16. Small models
+    /// feel it (a log probability of a 135M model moves by 0.07 on average), large ones hardly.
+    Q8,
 }
 
 /// Whether a rule holds or only records.

@@ -294,9 +294,20 @@ pub struct EngineSettings {
     /// Number format of the KV cache.
     #[serde(default)]
     pub kv_type: KvType,
-    /// Whether prompts that start alike share their KV cache.
+    /// Tokens that the KV cache holds for all requests together; at least one context is. Absent: a full
+    /// context for each request. Less memory is reserved with less: requests then share it, and when it
+    /// runs out the latest one is set aside and goes on later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 64, max = 268_435_456))]
+    pub kv_cache_tokens: Option<u32>,
+    /// Whether prompts that start alike share their KV cache. They do so among the requests of one API key
+    /// only, so that the time of an answer tells nobody what others have asked.
     #[serde(default = "yes")]
     pub prefix_cache: bool,
+    /// Whether the engine guesses the next tokens from the text so far, and checks them: the same answers,
+    /// and faster where they repeat or quote.
+    #[serde(default = "yes")]
+    pub speculation: bool,
     /// Compute threads; absent: the machine's cores.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 512))]
@@ -318,7 +329,9 @@ impl Default for EngineSettings {
             concurrency: default_concurrency(),
             queue: default_queue(),
             kv_type: KvType::F16,
+            kv_cache_tokens: None,
             prefix_cache: true,
+            speculation: true,
             threads: None,
         }
     }

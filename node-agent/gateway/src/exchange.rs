@@ -313,6 +313,11 @@ impl Exchange {
         &self.about.request
     }
 
+    /// Who shares what is known of a prompt: the callers of one key.
+    pub(crate) fn scope(&self) -> &str {
+        self.about.key.as_deref().unwrap_or_default()
+    }
+
     pub(crate) fn endpoint(&self) -> Endpoint {
         self.about.endpoint
     }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use freehold_crds::{Device, KvType};
-use freehold_rules::plan::memory::{context_length, estimate};
+use freehold_rules::plan::memory::{context_length, estimate, kv_cache_tokens};
 use freehold_rules::supervise::{Action, Event, Stage};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
@@ -173,13 +173,23 @@ impl Supervisor {
         option("--device", device_argument(instance.assignment.device).into());
         option(
             "--kv",
-            if engine.kv_type == KvType::F32 {
-                "f32"
-            } else {
-                "f16"
+            match engine.kv_type {
+                KvType::F16 => "f16",
+                KvType::F32 => "f32",
+                KvType::Q8 => "q8",
             }
             .into(),
         );
+        if engine.kv_cache_tokens.is_some() {
+            let context = context_length(model.facts.context_length, engine);
+            option("--kv-tokens", kv_cache_tokens(context, engine).to_string().into());
+        }
+        if !engine.prefix_cache {
+            option("--prefix-tokens", "0".into());
+        }
+        if !engine.speculation {
+            option("--speculate", "false".into());
+        }
         if let Some(threads) = engine.threads {
             option("--threads", threads.to_string().into());
         }

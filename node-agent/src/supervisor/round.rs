@@ -232,6 +232,7 @@ impl Round {
             prompt,
             max_tokens: Some(question.max_tokens),
             max_context: None,
+            scope: String::new(),
             stop: Vec::new(),
             echo: false,
             sampling: sampling.clone(),

@@ -19,6 +19,7 @@ pub(super) fn request(call: GenerateCall) -> GenerateRequest {
         },
         max_tokens: call.max_tokens,
         max_context: call.max_context,
+        scope: call.scope,
         stop: call.stop,
         sampling: sampling(call.sampling),
     }

@@ -53,6 +53,15 @@ pub struct WorkerArgs {
     /// Number format of the KV cache
     #[arg(long, value_enum, default_value_t = KvArg::F16)]
     pub kv: KvArg,
+    /// Tokens that the KV cache holds for all requests [default: the full context of each]
+    #[arg(long)]
+    pub kv_tokens: Option<u32>,
+    /// Tokens kept for prompts that begin alike; 0: nothing is shared [default: one full context]
+    #[arg(long)]
+    pub prefix_tokens: Option<u32>,
+    /// Guess the next tokens from the text so far, and check them
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub speculate: bool,
     /// Threads that compute [default: as many as this process may keep busy]
     #[arg(long)]
     pub threads: Option<u32>,
@@ -78,6 +87,8 @@ pub enum KvArg {
     F16,
     /// 32-bit floats.
     F32,
+    /// 8-bit integers with scales.
+    Q8,
 }
 
 /// Loads the model and serves it until stdin closes. Does not return before the process should end.
@@ -123,9 +134,13 @@ fn load(args: &WorkerArgs) -> Result<(Engine, WorkerReady), LoadModel> {
         max_sequences: args.concurrency,
         max_queued: args.queue,
         threads: args.threads,
+        kv_tokens: args.kv_tokens,
+        prefix_tokens: args.prefix_tokens,
+        speculate: args.speculate,
         kv_type: match args.kv {
             KvArg::F16 => KvType::F16,
             KvArg::F32 => KvType::F32,
+            KvArg::Q8 => KvType::Q8,
         },
         ..EngineOptions::default()
     };

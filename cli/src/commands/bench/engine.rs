@@ -181,6 +181,7 @@ impl Bench {
                 prompt: Prompt::Tokens(prompt),
                 max_tokens: Some(u32::try_from(count)?),
                 max_context: None,
+                scope: String::new(),
                 stop: Vec::new(),
                 sampling: self.sampling.clone(),
             };

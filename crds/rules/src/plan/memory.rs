@@ -21,6 +21,19 @@ pub fn context_length(model_context: u32, engine: &EngineSettings) -> u32 {
     engine.context_length.unwrap_or(DEFAULT_CONTEXT).min(own)
 }
 
+/// Tokens that the KV cache holds for all requests together: at least one context, at most one for each.
+#[must_use]
+pub fn kv_cache_tokens(context: u32, engine: &EngineSettings) -> u64 {
+    let most = u64::from(context) * u64::from(engine.concurrency);
+    engine.kv_cache_tokens.map_or(most, |tokens| {
+        // Whole blocks of 32, as the engine divides it.
+        u64::from(tokens)
+            .max(u64::from(context))
+            .next_multiple_of(32)
+            .min(most)
+    })
+}
+
 /// Memory of one replica: weights + KV cache of every concurrent request at full context + overhead.
 /// `facts.kv_bytes_per_token` is for an F16 cache.
 #[must_use]
@@ -29,21 +42,25 @@ pub fn estimate(facts: &ModelFacts, engine: &EngineSettings, memory_override: Op
     let per_token = match engine.kv_type {
         KvType::F16 => facts.kv_bytes_per_token,
         KvType::F32 => facts.kv_bytes_per_token.saturating_mul(2),
+        // A byte for each number and 4 for every 32 of them; 5/8 covers heads down to 16 numbers.
+        KvType::Q8 => facts.kv_bytes_per_token.saturating_mul(5).div_ceil(8),
     };
-    let kv_bytes = per_token
-        .saturating_mul(u64::from(context))
-        .saturating_mul(u64::from(engine.concurrency));
+    let tokens = kv_cache_tokens(context, engine);
+    let kv_bytes = per_token.saturating_mul(tokens);
     let overhead_bytes = BASE_OVERHEAD_BYTES + facts.file_bytes / OVERHEAD_PART;
     let weight_bytes = facts.weight_bytes;
     let sum = weight_bytes
         .saturating_add(kv_bytes)
         .saturating_add(overhead_bytes);
     let total_bytes = memory_override.unwrap_or(sum);
+    let kv_tokens = match engine.kv_cache_tokens {
+        Some(_) => format!("{tokens} tokens for all requests"),
+        None => format!("{context} tokens x {} requests", engine.concurrency),
+    };
     let mut arithmetic = format!(
-        "{} weights + {} KV cache ({context} tokens x {} requests x {per_token} B) + {} overhead = {}",
+        "{} weights + {} KV cache ({kv_tokens} x {per_token} B) + {} overhead = {}",
         mib(weight_bytes),
         mib(kv_bytes),
-        engine.concurrency,
         mib(overhead_bytes),
         mib(sum),
     );

@@ -21,6 +21,7 @@ pub(crate) struct Counters {
     guessed: AtomicU64,
     accepted: AtomicU64,
     preemptions: AtomicU64,
+    scopes: AtomicU64,
     pace: Mutex<Pace>,
 }
 
@@ -67,6 +68,11 @@ impl Counters {
                 (present < most).then_some(present + 1)
             })
             .map(|_| ())
+    }
+
+    /// A scope that nobody else has.
+    pub(super) fn next_scope(&self) -> u64 {
+        self.scopes.fetch_add(1, Ordering::Relaxed)
     }
 
     pub(crate) fn leave(&self) {

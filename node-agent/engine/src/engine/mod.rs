@@ -37,6 +37,7 @@ enum Task {
         context_length: usize,
         most_present: usize,
         speculate: bool,
+        share: bool,
     },
     Embed {
         encoder: Box<Encoder>,
@@ -155,6 +156,7 @@ impl Engine {
             context_length,
             most_present: sequences + options.max_queued as usize,
             speculate: options.speculate,
+            share: options.prefix_tokens != Some(0),
         };
         Ok(Self {
             inner: Arc::new(Inner {
@@ -295,6 +297,7 @@ impl Engine {
             context_length,
             most_present,
             speculate,
+            share,
             ..
         } = &self.inner.task
         else {
@@ -342,7 +345,11 @@ impl Engine {
             max_tokens,
             stop: request.stop,
             sampling: request.sampling,
-            scope: scope(&request.scope),
+            scope: if *share {
+                scope(&request.scope)
+            } else {
+                counters.next_scope()
+            },
             speculate: *speculate,
             sink,
             cancelled: Arc::clone(&cancelled),
@@ -460,7 +467,7 @@ fn kv_blocks(options: &EngineOptions, sequences: usize, context_length: usize) -
     let Some(tokens) = options.kv_tokens else {
         return Ok(sequences * one);
     };
-    let blocks = tokens as usize / BLOCK_TOKENS;
+    let blocks = blocks_for(tokens as usize);
     if blocks < one {
         return Err(LoadModel::InvalidOption {
             field: "kv_tokens",

@@ -40,7 +40,7 @@ pub struct EngineOptions {
     /// less, answers share it, and the latest waits when it runs out.
     pub kv_tokens: Option<u32>,
     /// Tokens of prompts and answers that are kept for the next request that begins alike, within the
-    /// cache; None: one full context.
+    /// cache; None: one full context; 0: nothing is shared, not even among answers under way.
     pub prefix_tokens: Option<u32>,
     /// Guesses from what was written before, and checks the guess: the same answers, faster where they repeat.
     pub speculate: bool,

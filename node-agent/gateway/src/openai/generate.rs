@@ -173,6 +173,7 @@ impl GenerateJob {
                 self.parameters.calls(
                     request_id,
                     prompt,
+                    exchange.scope(),
                     index * answers,
                     max_tokens,
                     size.context_tokens,

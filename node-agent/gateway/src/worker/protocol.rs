@@ -23,6 +23,9 @@ pub struct GenerateCall {
     /// that reaches it finishes with [`FinishReason::Length`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_context: Option<u32>,
+    /// Whose request it is; prompts share what was computed for them within one scope only.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub scope: String,
     /// Strings that end the answer and are not part of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
