@@ -103,6 +103,8 @@ impl Ours {
         let options = EngineOptions {
             context_length: Some(1024),
             max_sequences: BATCH as u32,
+            prefix_tokens: Some(0),
+            speculate: false,
             ..EngineOptions::default()
         };
         let engine = Engine::load(path, &options, |_| ())?;

@@ -39,6 +39,9 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
         context_length: Some(u32::try_from(context.next_multiple_of(64) + 64)?),
         max_sequences: u32::try_from(most)?,
         threads: plan.threads,
+        // What the machine computes is measured, and not what it need not compute.
+        prefix_tokens: Some(0),
+        speculate: false,
         ..EngineOptions::default()
     };
     let load = || -> Result<(Engine, f64)> {
