@@ -201,3 +201,22 @@ fn a_cache_too_small_for_one_context_is_refused_with_its_bounds() {
         .to_string();
     assert!(error.contains("kv_tokens") && error.contains("640"), "{error}");
 }
+
+#[test]
+fn the_score_of_a_text_is_that_of_writing_it() {
+    let engine = load(options());
+    let prompt = tokens(&engine, PROMPTS[0]);
+    let written = answer(&engine, request(prompt.clone(), 12));
+    let mut text = prompt.clone();
+    text.extend(written.ids());
+    let scores = engine.score(&text).unwrap();
+    assert_eq!(scores.len(), text.len() - 1);
+    for (token, score) in written.tokens.iter().zip(&scores[prompt.len() - 1..]) {
+        assert!((token.logprob - score).abs() < 1e-4, "{} {score}", token.logprob);
+    }
+    // Longer than a step, and twice the same: nothing was shared.
+    let long = long_prompt(&engine, 500);
+    let scores = engine.score(&long).unwrap();
+    assert_eq!(scores.len(), 499);
+    assert_eq!(engine.score(&long).unwrap(), scores);
+}

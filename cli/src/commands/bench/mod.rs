@@ -7,6 +7,7 @@ mod bandwidth;
 mod engine;
 mod http;
 mod numbers;
+mod perplexity;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -47,6 +48,12 @@ pub struct Arguments {
     /// Measure how fast the memory is read, and how much of that decoding one sequence uses
     #[arg(long)]
     pub bandwidth: bool,
+    /// Perplexity of this text instead of speed, in windows as llama.cpp's own program has them
+    #[arg(long, value_name = "TEXT", conflicts_with = "http")]
+    pub perplexity: Option<PathBuf>,
+    /// Tokens in a window of --perplexity
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
+    pub window: usize,
     /// Measure concurrent chats too: through this gateway, or without URL through one started for it
     #[arg(long, value_name = "URL", num_args = 0..=1)]
     pub http: Option<Option<String>>,
@@ -94,11 +101,16 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         decode_tokens,
         sequences,
         bandwidth,
+        perplexity,
+        window,
         http,
         chats,
         answer_tokens,
         api_key,
     } = arguments;
+    if let Some(text) = perplexity {
+        return read(PathBuf::from(model), text, window, threads, json).await;
+    }
     let plan = Plan {
         threads,
         rounds,
@@ -152,6 +164,29 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         lines(&report, rounds).iter().for_each(|line| println!("{line}"));
+    }
+    Ok(())
+}
+
+async fn read(model: PathBuf, text: PathBuf, window: usize, threads: Option<u32>, json: bool) -> Result<()> {
+    let bar = progress(1);
+    let bar_there = bar.clone();
+    let measured = tokio::task::spawn_blocking(move || {
+        perplexity::measure(&model, &text, window, threads, |done, all| {
+            bar_there.set_length(all as u64);
+            bar_there.set_message("windows read");
+            bar_there.set_position(done as u64);
+        })
+    });
+    let found = measured.await??;
+    bar.finish_and_clear();
+    if json {
+        println!("{}", serde_json::to_string_pretty(&found)?);
+    } else {
+        println!(
+            "perplexity {:.4} over {} tokens, in windows of {}",
+            found.perplexity, found.counted_tokens, found.window_tokens
+        );
     }
     Ok(())
 }

@@ -296,6 +296,46 @@ impl Engine {
     /// # Errors
     /// [`Reject`], before anything was done.
     pub fn generate(&self, request: GenerateRequest, sink: Sink) -> Result<GenerationHandle, Reject> {
+        self.accept(request, sink, None)
+    }
+
+    /// The natural logarithm of the probability of each token after the first, given those before it.
+    /// Waits for the answer.
+    ///
+    /// # Errors
+    /// As [`Self::generate`].
+    pub fn score(&self, tokens: &[u32]) -> Result<Vec<f32>, Reject> {
+        let request = GenerateRequest {
+            id: "score".to_owned(),
+            prompt: Prompt::Tokens(tokens.to_vec()),
+            max_tokens: Some(1),
+            max_context: None,
+            // What was computed before has no logits any more.
+            scope: String::new(),
+            stop: Vec::new(),
+            constraint: None,
+            sampling: crate::SamplingParams::default(),
+        };
+        let (sender, scores) = channel();
+        let handle = self.accept(
+            request,
+            Box::new(|_| std::ops::ControlFlow::Continue(())),
+            Some(sender),
+        )?;
+        let scores = scores.recv().map_err(|_| Reject::Stopping)?;
+        drop(handle);
+        if scores.len() + 1 < tokens.len() {
+            return Err(Reject::Compute("the text was not read to its end".to_owned()));
+        }
+        Ok(scores)
+    }
+
+    fn accept(
+        &self,
+        request: GenerateRequest,
+        sink: Sink,
+        score: Option<Sender<Vec<f32>>>,
+    ) -> Result<GenerationHandle, Reject> {
         let Task::Generate {
             jobs,
             context_length,
@@ -346,7 +386,7 @@ impl Engine {
                 retry_after_ms: 1000,
             });
         }
-        let cancelled = Arc::new(AtomicBool::new(false));
+        let (cancelled, scored) = (Arc::new(AtomicBool::new(false)), score.is_some());
         let prompt_tokens = prompt.len();
         let job = Job {
             id: request.id,
@@ -355,7 +395,8 @@ impl Engine {
             stop: request.stop,
             sampling: request.sampling,
             guide,
-            scope: if *share {
+            score,
+            scope: if *share && !scored {
                 scope(&request.scope)
             } else {
                 counters.next_scope()

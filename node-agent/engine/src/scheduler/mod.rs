@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::Instant;
 
 use tracing::{debug, error};
@@ -33,6 +33,9 @@ use crate::tokenizer::Tokenizer;
 use pace::{Pace, shares};
 use sequence::Sequence;
 
+/// Prompt rows in a step of which all logits are wanted.
+const SCORED_ROWS: usize = 32;
+
 /// A request that was accepted.
 pub(crate) struct Job {
     pub(crate) id: String,
@@ -42,6 +45,8 @@ pub(crate) struct Job {
     pub(crate) sampling: crate::SamplingParams,
     /// What the answer must follow.
     pub(crate) guide: Option<Guide>,
+    /// Where the log probabilities of the prompt's own tokens go, if they are wanted.
+    pub(crate) score: Option<Sender<Vec<f32>>>,
     /// Whose prefixes it may share.
     pub(crate) scope: u64,
     /// Whether to guess what comes next, and check it.
@@ -243,7 +248,13 @@ impl Scheduler {
                     }
                     return 1;
                 }
-                prompt_shares.next().unwrap_or(0)
+                let share = prompt_shares.next().unwrap_or(0);
+                // Logits of each row take memory.
+                if sequence.is_scored() {
+                    share.min(SCORED_ROWS)
+                } else {
+                    share
+                }
             })
             .collect()
     }
@@ -282,6 +293,11 @@ impl Scheduler {
                 step.prompt_rows += share;
             }
             let complete = sequence.remaining() == *share;
+            for row in 0..sequence.scored_rows(*share) {
+                if let Some(logits) = logits.next() {
+                    sequence.score(row, logits);
+                }
+            }
             sequence.computed(*share);
             if !complete {
                 sequence.publish(&mut self.cache, false);

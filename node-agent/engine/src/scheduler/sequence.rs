@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use super::Job;
@@ -33,6 +34,8 @@ pub(super) struct Sequence {
     guess: Vec<u32>,
     /// Whether a grammar forces what was guessed: then it says nothing about guesses from the text.
     forced: bool,
+    /// Log probabilities of the prompt's tokens, the first left out, and where they go.
+    score: Option<(Vec<f32>, Sender<Vec<f32>>)>,
     sampler: Sampler,
     guide: Option<Guide>,
     wants_logprobs: bool,
@@ -51,6 +54,7 @@ impl Sequence {
         let wants_logprobs = job.sampling.logprobs.is_some();
         Self {
             sampler: Sampler::new(job.sampling, &job.prompt),
+            score: job.score.map(|to| (Vec::new(), to)),
             guide: job.guide,
             wants_logprobs,
             id: job.id,
@@ -147,7 +151,7 @@ impl Sequence {
                 token: self.tokens[position],
                 position,
                 sequence: index,
-                wants_logits: position + 1 == self.tokens.len(),
+                wants_logits: self.score.is_some() || position + 1 == self.tokens.len(),
             });
         }
         if end < self.tokens.len() {
@@ -160,6 +164,30 @@ impl Sequence {
                 sequence: index,
                 wants_logits: true,
             });
+        }
+    }
+
+    /// Whether the logits of all its prompt rows are wanted.
+    pub(super) fn is_scored(&self) -> bool {
+        self.score.is_some()
+    }
+
+    /// Of `count` rows, those whose logits tell about a token of the prompt.
+    pub(super) fn scored_rows(&self, count: usize) -> usize {
+        if self.score.is_none() {
+            return 0;
+        }
+        count.min(self.prompt_tokens.saturating_sub(self.position + 1))
+    }
+
+    /// Takes note of the prompt's token that follows row `row` of this step.
+    pub(super) fn score(&mut self, row: usize, logits: &[f32]) {
+        let next = self.tokens.get(self.position + row + 1).copied();
+        if let (Some((scores, _)), Some(next)) = (&mut self.score, next) {
+            let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let sum: f64 = logits.iter().map(|x| f64::from(x - most).exp()).sum();
+            let logit = logits.get(next as usize).copied().unwrap_or(f32::NEG_INFINITY);
+            scores.push((f64::from(logit - most) - sum.ln()) as f32);
         }
     }
 
@@ -298,6 +326,10 @@ impl Sequence {
 
     /// Says how it ended.
     pub(super) fn finish(mut self, reason: FinishReason) {
+        if let Some((scores, to)) = self.score.take() {
+            // Nobody may want them any more.
+            let _ = to.send(scores);
+        }
         let milliseconds =
             |to: Instant| u64::try_from(to.duration_since(self.arrived).as_millis()).unwrap_or(u64::MAX);
         let finished = Finished {
