@@ -14,6 +14,7 @@ demo *ARGS:
 # Write the CustomResourceDefinitions from the types
 crds:
     cargo run --quiet -p freehold-crds --bin crdgen -- crds/yaml
+    cargo run --quiet -p freehold-crds --bin crdgen -- charts/freehold/files/crds
 
 # What a reviewer would say by machine
 lint:
@@ -46,3 +47,15 @@ bench-peers *ARGS:
 # One model on this machine: `just bench-model FILE --http`
 bench-model FILE *ARGS:
     cargo run --release --bin freehold -- bench {{FILE}} {{ARGS}}
+
+# Half an hour of random arrivals, lengths, cancels and disconnects; every answer equal to its answer alone
+soak SECONDS="1800":
+    FREEHOLD_SOAK_SECONDS={{SECONDS}} cargo test -p freehold-engine --test soak -- --nocapture
+
+# Decoding with and without guesses, on text that repeats and text that does not
+bench-speculation MODEL RUNS="5":
+    cargo run --release -p freehold-engine --example bench_speculation -- {{MODEL}} {{RUNS}}
+
+# Write what the kustomize base installs: the chart's default values, rendered
+manifests HELM="helm":
+    {{HELM}} template freehold charts/freehold --namespace freehold-system --no-hooks --set crds.install=false > manifests/base/freehold.yaml

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::common::{Device, Enforcement};
+use crate::energy::{EnergyMeter, EnergyUse};
 use crate::governance_policy::PolicyRules;
 use crate::health_probe::{Check, Remediation};
 use crate::model_deployment::{Activation, EngineSettings, ModelFacts, ModelSource};
@@ -237,6 +238,9 @@ pub struct InferenceNodeStatus {
     /// What the machine has.
     #[serde(default)]
     pub inventory: Inventory,
+    /// What the machine's energy counters say, or why they say nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub energy: Option<EnergyMeter>,
     /// Each assignment, and those that are still on their way out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
@@ -372,6 +376,12 @@ pub struct Instance {
     /// Tokens generated so far, brought up to date with every other news or every five minutes.
     #[serde(default)]
     pub tokens_generated: u64,
+    /// Tokens of prompts read so far, those of a shared prefix once; as seldom as `tokensGenerated`.
+    #[serde(default)]
+    pub prompt_tokens: u64,
+    /// Energy that it was charged with; absent where the machine has no counter for its device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub energy: Option<EnergyUse>,
     /// Latest results of the probes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub probes: Vec<ProbeResult>,

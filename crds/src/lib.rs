@@ -17,6 +17,7 @@
 
 pub mod common;
 pub mod conditions;
+pub mod energy;
 pub mod governance_policy;
 pub mod health_probe;
 pub mod inference_node;

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::common::{Device, KvType, Quantity, Violation};
+use crate::energy::EnergyReport;
 
 /// A name on the bus and the model that answers to it. The name stays; the model behind it may be
 /// swapped, moved or restarted.
@@ -471,6 +472,9 @@ pub struct ModelDeploymentStatus {
     /// The latest result of each probe that selects the deployment.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub health: Vec<HealthSummary>,
+    /// Joules and money for a million tokens, or why that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub energy: Option<EnergyReport>,
 }
 
 /// What a model file turned out to be.

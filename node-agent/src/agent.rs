@@ -16,6 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info};
 
 use crate::config::AgentConfig;
+use crate::energy::{self, Books};
 use crate::error::StartAgent;
 use crate::metrics::Metrics;
 use crate::spec_file::SpecFile;
@@ -70,6 +71,7 @@ impl Agent {
         let (spec_sender, spec) = watch::channel(file.load().unwrap_or_default());
         let (observed_sender, observed) = watch::channel(Observed::default());
         let (snapshot_sender, snapshot) = watch::channel(Snapshot::default());
+        let (books_sender, books) = watch::channel(Books::default());
         info!(
             node = %config.node,
             gateway = %gateway_address,
@@ -88,6 +90,14 @@ impl Agent {
             gateway: gateway.clone(),
             metrics: Arc::clone(&metrics),
         };
+        let measuring = energy::run(
+            config.powercap_dir.clone(),
+            energy::READ_EVERY,
+            config.energy_price.clone(),
+            snapshot.clone(),
+            books_sender,
+            Arc::clone(&metrics),
+        );
         let publisher = Publisher {
             client: client.clone(),
             node: config.node.clone(),
@@ -97,6 +107,7 @@ impl Agent {
             inventory,
             snapshot,
             observed,
+            energy: books,
             metrics: Arc::clone(&metrics),
         };
         let watching = crate::watch::run(
@@ -124,6 +135,7 @@ impl Agent {
         let background = [
             AbortOnDropHandle::new(tokio::spawn(watching)),
             AbortOnDropHandle::new(tokio::spawn(renewing)),
+            AbortOnDropHandle::new(tokio::spawn(measuring)),
         ];
         let running = tokio::spawn(parts.run(shutdown, background));
         Ok(Self {
@@ -175,7 +187,7 @@ struct Parts {
 }
 
 impl Parts {
-    async fn run(self, shutdown: CancellationToken, background: [AbortOnDropHandle<()>; 2]) {
+    async fn run(self, shutdown: CancellationToken, background: [AbortOnDropHandle<()>; 3]) {
         let publishing = CancellationToken::new();
         let publisher = tokio::spawn(self.publisher.run(publishing.clone()));
         let monitoring = self.metrics.map(|(listener, metrics)| {

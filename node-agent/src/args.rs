@@ -8,7 +8,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use freehold_crds::{DEFAULT_GATEWAY_PORT, Quantity};
 
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, POWERCAP};
+use crate::energy::EnergyPrice;
 use crate::store::StoreOptions;
 use crate::worker::WorkerArgs;
 
@@ -59,12 +60,36 @@ pub struct AgentArgs {
     /// Where /metrics, /healthz and /readyz are served; nowhere if absent
     #[arg(long, env = "FREEHOLD_METRICS_LISTEN")]
     metrics_listen: Option<SocketAddr>,
+    /// Price of a kilowatt hour, such as 0.32: models' status and metrics then tell money too
+    #[arg(long, env = "FREEHOLD_ENERGY_PRICE", value_parser = price)]
+    energy_price: Option<f64>,
+    /// Currency of that price
+    #[arg(long, env = "FREEHOLD_ENERGY_CURRENCY", default_value = "EUR", value_parser = currency)]
+    energy_currency: String,
+    /// The kernel's folder of energy counters; a container needs the machine's own
+    #[arg(long, env = "FREEHOLD_POWERCAP_DIR", default_value = POWERCAP)]
+    powercap_dir: PathBuf,
     /// Hugging Face hub or a mirror of it
     #[arg(long, env = "HF_ENDPOINT")]
     hub_endpoint: Option<String>,
     /// Token for that hub
     #[arg(long, env = "HF_TOKEN", hide_env_values = true)]
     hub_token: Option<String>,
+}
+
+fn price(text: &str) -> Result<f64, String> {
+    let price = text.parse::<f64>().ok();
+    price
+        .filter(|price| price.is_finite() && *price >= 0.0)
+        .ok_or_else(|| format!("{text:?} is not a price, such as 0.32"))
+}
+
+fn currency(text: &str) -> Result<String, String> {
+    if (1..=8).contains(&text.chars().count()) && text.chars().all(char::is_alphabetic) {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("{text:?} is not a currency, such as EUR"))
+    }
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -96,6 +121,11 @@ impl AgentArgs {
             memory_limit: memory_limit.map_err(|error| format!("--memory-limit: {error}"))?,
             labels: self.labels.into_iter().collect::<BTreeMap<_, _>>(),
             metrics_listen: self.metrics_listen,
+            powercap_dir: self.powercap_dir,
+            energy_price: self.energy_price.map(|per_kilowatt_hour| EnergyPrice {
+                per_kilowatt_hour,
+                currency: self.energy_currency,
+            }),
             store: StoreOptions {
                 hub_endpoint,
                 hub_token: self.hub_token,
@@ -156,5 +186,13 @@ mod tests {
                 .contains("key=value")
         );
         assert!(config(&["--node", "a", "--heartbeat-seconds", "0"]).is_err());
+        for price in ["free", "-1", "NaN", "inf"] {
+            let argument = format!("--energy-price={price}");
+            assert!(
+                config(&["--node", "a", &argument])
+                    .expect_err("no")
+                    .contains("such as 0.32")
+            );
+        }
     }
 }

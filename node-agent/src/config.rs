@@ -5,11 +5,15 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::energy::EnergyPrice;
 use crate::store::StoreOptions;
 
 /// Renewals a minute: five, which leaves room for a status within six writes a minute. The operator
 /// takes a machine as silent after 40 s, which is three renewals missed.
 const HEARTBEAT: Duration = Duration::from_secs(12);
+
+/// Where Linux shows RAPL.
+pub(crate) const POWERCAP: &str = "/sys/class/powercap";
 
 /// Settings of an agent.
 #[derive(Clone, Debug)]
@@ -37,6 +41,10 @@ pub struct AgentConfig {
     pub store: StoreOptions,
     /// Where `/metrics`, `/healthz` and `/readyz` of the agent are served, if anywhere.
     pub metrics_listen: Option<SocketAddr>,
+    /// The kernel's folder of energy counters.
+    pub powercap_dir: PathBuf,
+    /// What a kilowatt hour costs here, if that shall be told.
+    pub energy_price: Option<EnergyPrice>,
 }
 
 impl AgentConfig {
@@ -54,6 +62,8 @@ impl AgentConfig {
             labels: BTreeMap::new(),
             store: StoreOptions::default(),
             metrics_listen: None,
+            powercap_dir: PathBuf::from(POWERCAP),
+            energy_price: None,
         }
     }
 

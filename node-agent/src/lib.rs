@@ -14,6 +14,7 @@
 pub mod agent;
 pub mod args;
 mod config;
+mod energy;
 mod error;
 mod heartbeat;
 pub mod inventory;
@@ -27,4 +28,5 @@ pub mod worker;
 
 pub use agent::Agent;
 pub use config::AgentConfig;
+pub use energy::EnergyPrice;
 pub use error::StartAgent;

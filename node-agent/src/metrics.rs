@@ -1,7 +1,7 @@
 //! The agent's own metrics. The gateway's are its own affair; both are served together.
 
 use std::sync::Mutex;
-use std::sync::atomic::AtomicI64;
+use std::sync::atomic::{AtomicI64, AtomicU64};
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -19,6 +19,28 @@ pub(crate) struct AssignmentLabel {
     pub(crate) assignment: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ModelLabels {
+    pub(crate) namespace: String,
+    pub(crate) model: String,
+}
+
+impl ModelLabels {
+    /// The deployment of an assignment `namespace.deployment.revision`; only the name between may have dots.
+    pub(crate) fn of_assignment(assignment: &str) -> Self {
+        let (namespace, rest) = assignment.split_once('.').unwrap_or_default();
+        let model = rest.rsplit_once('.').map_or(rest, |(deployment, _)| deployment);
+        Self {
+            namespace: namespace.to_owned(),
+            model: model.to_owned(),
+        }
+    }
+}
+
+/// A counter of what is no whole number.
+type RealCounter = Counter<f64, AtomicU64>;
+type RealGauge = Gauge<f64, AtomicU64>;
+
 /// What the agent counts.
 pub(crate) struct Metrics {
     registry: Mutex<Registry>,
@@ -28,11 +50,16 @@ pub(crate) struct Metrics {
     pub(crate) restarts: Family<AssignmentLabel, Counter>,
     pub(crate) worker_memory: Family<AssignmentLabel, Gauge<i64, AtomicI64>>,
     pub(crate) memory_reserved: Gauge,
+    pub(crate) energy: RealCounter,
+    pub(crate) model_energy: Family<ModelLabels, RealCounter>,
+    pub(crate) model_energy_tokens: Family<ModelLabels, Counter>,
+    pub(crate) model_joules_per_million: Family<ModelLabels, RealGauge>,
+    pub(crate) model_cost_per_million: Family<ModelLabels, RealGauge>,
 }
 
 impl Metrics {
     pub(crate) fn new() -> Self {
-        let mut registry = Registry::with_prefix("freehold_agent");
+        let mut whole = Registry::with_prefix("freehold");
         let metrics = Self {
             registry: Mutex::default(),
             heartbeats: Counter::default(),
@@ -41,7 +68,14 @@ impl Metrics {
             restarts: Family::default(),
             worker_memory: Family::default(),
             memory_reserved: Gauge::default(),
+            energy: RealCounter::default(),
+            model_energy: Family::default(),
+            model_energy_tokens: Family::default(),
+            model_joules_per_million: Family::default(),
+            model_cost_per_million: Family::default(),
         };
+        metrics.register_energy(&mut whole);
+        let registry = whole.sub_registry_with_prefix("agent");
         registry.register("heartbeats", "Renewals of the Lease", metrics.heartbeats.clone());
         registry.register(
             "status_writes",
@@ -70,11 +104,41 @@ impl Metrics {
             Unit::Bytes,
             metrics.memory_reserved.clone(),
         );
+        registry.register_with_unit(
+            "energy",
+            "What the machine's counters measured, whoever drew it",
+            Unit::Joules,
+            metrics.energy.clone(),
+        );
         *metrics
             .registry
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = registry;
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = whole;
         metrics
+    }
+
+    fn register_energy(&self, registry: &mut Registry) {
+        registry.register_with_unit(
+            "energy",
+            "What a model was charged with",
+            Unit::Joules,
+            self.model_energy.clone(),
+        );
+        registry.register(
+            "energy_tokens",
+            "Tokens read and written that the joules were spent on",
+            self.model_energy_tokens.clone(),
+        );
+        registry.register(
+            "joules_per_million_tokens",
+            "Joules for a million tokens read and written, since the agent started",
+            self.model_joules_per_million.clone(),
+        );
+        registry.register(
+            "cost_per_million_tokens",
+            "Money for a million tokens at the agent's price of a kilowatt hour",
+            self.model_cost_per_million.clone(),
+        );
     }
 
     /// The metrics as Prometheus reads them.

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::energy::Books;
 use crate::inventory;
 use crate::metrics::Metrics;
 use crate::watch::Observed;
@@ -56,6 +57,7 @@ pub(crate) struct Publisher {
     pub(crate) inventory: Inventory,
     pub(crate) snapshot: watch::Receiver<Snapshot>,
     pub(crate) observed: watch::Receiver<Observed>,
+    pub(crate) energy: watch::Receiver<Books>,
     pub(crate) metrics: Arc<Metrics>,
 }
 
@@ -137,13 +139,15 @@ impl Publisher {
 
     fn status(&self, before: &InferenceNodeStatus) -> InferenceNodeStatus {
         let snapshot = self.snapshot.borrow();
-        build(
+        let mut status = build(
             &snapshot,
             &self.inventory,
             &self.gateway_address,
             before,
             jiff::Timestamp::now(),
-        )
+        );
+        self.energy.borrow().fill(&mut status);
+        status
     }
 
     async fn read_inventory(&mut self) {
@@ -208,6 +212,7 @@ fn build(
         summary: Some(summary),
         gateway_address: Some(gateway_address.to_owned()),
         inventory: inventory.clone(),
+        energy: None,
         instances: snapshot.instances.clone(),
     }
 }
@@ -229,8 +234,13 @@ fn news(before: &InferenceNodeStatus, after: &InferenceNodeStatus) -> News {
     // Counters go along with other news.
     let settled = |status: &InferenceNodeStatus, with_progress: bool| {
         let mut status = status.clone();
+        if let Some(energy) = &mut status.energy {
+            energy.joules = None;
+        }
         for instance in &mut status.instances {
             instance.tokens_generated = 0;
+            instance.prompt_tokens = 0;
+            instance.energy = None;
             if !with_progress {
                 instance.progress = None;
             }

@@ -1,4 +1,4 @@
-"""The images: valid, the same twice, run by nobody, with a bill of materials that leaves nothing out.
+"""The images of manifests/images: valid, the same twice, run by nobody, with a full bill of materials.
 
     python3 tests/images/test_images.py
 
@@ -6,6 +6,7 @@ No program is compiled here: what the archives hold stands in for one. With cont
 tests/cluster/parts.py) and as root, a real containerd imports and unpacks them."""
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import time
 import unittest
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "manifests" / "images"))
 import build  # noqa: E402
 import oci  # noqa: E402
 import sbom  # noqa: E402
@@ -72,8 +73,29 @@ class Archives(unittest.TestCase):
             oci.read(bytes(data))
 
     def test_a_program_with_a_loader_is_not_static(self):
-        self.assertFalse(build.is_static(Path(sys.executable).resolve().read_bytes()))
-        self.assertFalse(build.is_static(b"#!/bin/sh\n" + bytes(64)))
+        here = build.parse([]).platforms[0]
+        self.assertFalse(build.is_static(Path(sys.executable).resolve().read_bytes(), here))
+        self.assertFalse(build.is_static(b"#!/bin/sh\n" + bytes(64), here))
+
+    def test_a_static_program_is_one_for_its_own_processor_alone(self):
+        with tempfile.TemporaryDirectory() as folder:
+            source, program = Path(folder) / "nothing.rs", Path(folder) / "nothing"
+            source.write_text("fn main() {}")
+            here = build.parse([]).platforms[0]
+            command = ["rustc", "--target", build.TARGETS[here], "-o", program, source]
+            if subprocess.run(command, capture_output=True).returncode:
+                self.skipTest(f"rustup target add {build.TARGETS[here]}")
+            other = ({"amd64", "arm64"} - {here}).pop()
+            data = program.read_bytes()
+            self.assertEqual((build.is_static(data, here), build.is_static(data, other)), (True, False))
+
+    def test_wrong_arguments_are_told_what_would_be_right(self):
+        for words, answer in [(["--platforms", "riscv"], "it may hold amd64 and arm64"),
+                              (["--platforms", "amd64,arm64", "--binaries", "x"], "name one with --platforms")]:
+            said = io.StringIO()
+            with contextlib.redirect_stderr(said), self.assertRaises(SystemExit):
+                build.parse(words)
+            self.assertIn(answer, said.getvalue())
 
 
 class Bill(unittest.TestCase):

@@ -164,7 +164,11 @@ impl ApiServer {
         Ok(Kubeconfig::from_yaml(&text)?)
     }
 
-    async fn client_of(&self, token: &str) -> Result<Client> {
+    /// A client that shows this token.
+    ///
+    /// # Errors
+    /// When the kubeconfig does not read.
+    pub async fn client_of(&self, token: &str) -> Result<Client> {
         let (kubeconfig, options) = (self.kubeconfig_of(token)?, KubeConfigOptions::default());
         let config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
         Ok(Client::try_from(config)?)

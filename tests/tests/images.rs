@@ -1,4 +1,4 @@
-//! The images' own tests, which are in Python as what builds them is: see `tests/images`.
+//! The images' own tests, which are in Python as what builds them is: see `manifests/images`.
 
 use std::path::Path;
 use std::process::Command;

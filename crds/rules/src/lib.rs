@@ -4,6 +4,7 @@
 //! what is decided goes out with a report of why. Start reading at [`plan`].
 
 pub mod check;
+pub mod energy;
 pub mod govern;
 pub mod health;
 pub mod labels;

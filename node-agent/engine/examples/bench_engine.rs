@@ -127,6 +127,7 @@ impl Ours {
                 max_tokens: Some(count as u32),
                 max_context: None,
                 scope: String::new(),
+                constraint: None,
                 stop: Vec::new(),
                 sampling: SamplingParams {
                     logit_bias: self.bias.clone(),

@@ -110,6 +110,7 @@ fn decode(engine: &Engine, prompt: &Prompt) -> f64 {
         max_tokens: Some(160),
         max_context: None,
         scope: String::new(),
+        constraint: None,
         stop: Vec::new(),
         sampling: SamplingParams {
             logit_bias: vec![(0, -100.0), (2, -100.0)],

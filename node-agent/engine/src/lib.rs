@@ -9,6 +9,7 @@
 //! Synchronous inside: one thread computes, callers hand in a sink. Start reading at [`Engine`]; the
 //! forward pass is in `model/decoder.rs`, batching in `scheduler`.
 
+mod constrain;
 mod engine;
 mod error;
 pub mod gguf;
@@ -24,6 +25,7 @@ mod template;
 mod tokenizer;
 mod utf8;
 
+pub use constrain::Constraint;
 pub use engine::{
     DeviceChoice, Embeddings, Engine, EngineOptions, FinishReason, Finished, GenerateEvent, GenerateRequest,
     GenerationHandle, LoadProgress, Progress, Prompt, Sink, TokenLogprob,

@@ -43,8 +43,8 @@ pub(super) struct Instance {
     loading: Option<String>,
     load_ms: Option<u64>,
     resident_told: Option<u64>,
-    /// Tokens of the workers before the present one.
-    tokens_before: u64,
+    /// Tokens generated and prompt tokens of the workers before the present one.
+    tokens_before: (u64, u64),
 }
 
 impl Instance {
@@ -64,7 +64,7 @@ impl Instance {
             loading: None,
             load_ms: None,
             resident_told: None,
-            tokens_before: 0,
+            tokens_before: (0, 0),
         }
     }
 
@@ -152,7 +152,9 @@ impl Instance {
             News::Exited(exit) => {
                 self.worker = None;
                 self.ready = None;
-                self.tokens_before += self.beat.send_replace(WorkerBeat::default()).tokens_generated;
+                let last = self.beat.send_replace(WorkerBeat::default());
+                self.tokens_before.0 += last.tokens_generated;
+                self.tokens_before.1 += last.prompt_tokens;
                 Some(Event::Exited {
                     how: exit.how,
                     permanent: exit.permanent,
@@ -278,7 +280,9 @@ impl Instance {
             last_exit: self.watchdog.last_exit().map(str::to_owned),
             load_ms: self.load_ms,
             resident_bytes: self.resident_told,
-            tokens_generated: self.tokens_before + beat.tokens_generated,
+            tokens_generated: self.tokens_before.0 + beat.tokens_generated,
+            prompt_tokens: self.tokens_before.1 + beat.prompt_tokens,
+            energy: None,
             probes: self
                 .probes
                 .values()

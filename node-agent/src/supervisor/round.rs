@@ -235,6 +235,7 @@ impl Round {
             scope: String::new(),
             stop: Vec::new(),
             echo: false,
+            constraint: None,
             sampling: sampling.clone(),
         };
         let messages = serde_json::json!([{"role": "user", "content": question.prompt}]);

@@ -1,9 +1,11 @@
 //! Between the protocol's types and the engine's.
 
-use freehold_engine::{GenerateRequest, Prompt, Reject, SamplingParams, TokenLogprob as EngineLogprob};
+use freehold_engine::{
+    Constraint, GenerateRequest, Prompt, Reject, SamplingParams, TokenLogprob as EngineLogprob,
+};
 use freehold_gateway::worker::{
-    EmbedInput, FinishReason, GenerateCall, PromptInput, SamplingCall, TokenLogprob, TopLogprob, WorkerError,
-    WorkerErrorKind, WorkerEvent,
+    ConstraintInput, EmbedInput, FinishReason, GenerateCall, PromptInput, SamplingCall, TokenLogprob,
+    TopLogprob, WorkerError, WorkerErrorKind, WorkerEvent,
 };
 
 /// The OpenAI API's default, where a call names none.
@@ -20,8 +22,18 @@ pub(super) fn request(call: GenerateCall) -> GenerateRequest {
         max_tokens: call.max_tokens,
         max_context: call.max_context,
         scope: call.scope,
+        constraint: call.constraint.map(constraint),
         stop: call.stop,
         sampling: sampling(call.sampling),
+    }
+}
+
+fn constraint(input: ConstraintInput) -> Constraint {
+    match input {
+        ConstraintInput::JsonObject => Constraint::JsonObject,
+        ConstraintInput::JsonSchema { schema } => Constraint::JsonSchema(schema),
+        ConstraintInput::Regex { regex } => Constraint::Regex(regex),
+        ConstraintInput::Lark { lark } => Constraint::Lark(lark),
     }
 }
 

@@ -185,6 +185,7 @@ impl Bench {
                 max_tokens: Some(u32::try_from(count)?),
                 max_context: None,
                 scope: String::new(),
+                constraint: None,
                 stop: Vec::new(),
                 sampling: self.sampling.clone(),
             };

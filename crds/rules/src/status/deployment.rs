@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use freehold_crds::conditions::{self, reason};
+use freehold_crds::energy::EnergyReport;
 use freehold_crds::inference_node::{Instance, Phase, ProbeState};
 use freehold_crds::model_deployment::{DeploymentInstance, HealthSummary, ModelDeploymentStatus, Rollback};
 use freehold_crds::{Enforcement, ModelDeployment};
@@ -10,6 +11,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::Conditions;
+use crate::energy::deployment_energy;
 use crate::plan::memory::mib;
 use crate::plan::{DeploymentPlan, FleetInput, Liveness, NodeInput, Placed, Plan, withheld_text};
 use crate::validate::key_of;
@@ -178,7 +180,22 @@ pub fn deployment_status(
         plan: planned.reasons.clone(),
         violations: planned.violations.clone(),
         health,
+        energy: energy(&replicas),
     }
+}
+
+fn energy(replicas: &[Replica<'_>]) -> Option<EnergyReport> {
+    let told: Vec<_> = replicas
+        .iter()
+        .filter_map(|replica| {
+            let instance = replica.instance?;
+            // Before it has run there is nothing to say of it.
+            (instance.device.is_some() || instance.energy.is_some()).then_some(())?;
+            let meter = replica.node.and_then(|node| node.status.energy.as_ref());
+            Some((replica.placed.node.as_str(), meter, instance.energy))
+        })
+        .collect();
+    deployment_energy(&told)
 }
 
 fn count(number: usize) -> u32 {

@@ -6,6 +6,7 @@
 )]
 
 mod build;
+mod energy;
 mod names;
 mod policies;
 mod probes;

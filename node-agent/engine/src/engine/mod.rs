@@ -13,6 +13,7 @@ use std::time::Instant;
 use serde_json::Value;
 use tracing::info;
 
+use crate::constrain::Grammars;
 use crate::gguf::GgufFile;
 use crate::inspect::{ModelFacts, ModelKind, gguf_facts};
 use crate::kernels::attention::BLOCK_TOKENS;
@@ -38,6 +39,7 @@ enum Task {
         most_present: usize,
         speculate: bool,
         share: bool,
+        grammars: Arc<Grammars>,
     },
     Embed {
         encoder: Box<Encoder>,
@@ -157,6 +159,7 @@ impl Engine {
             most_present: sequences + options.max_queued as usize,
             speculate: options.speculate,
             share: options.prefix_tokens != Some(0),
+            grammars: Arc::default(),
         };
         Ok(Self {
             inner: Arc::new(Inner {
@@ -287,7 +290,8 @@ impl Engine {
         })
     }
 
-    /// Asks for an answer. Events go to `sink`; see [`Sink`] for what it must keep to.
+    /// Asks for an answer. Events go to `sink`; see [`Sink`] for what it must keep to. A constraint is
+    /// compiled on the caller's thread, which may take a tenth of a second, the first one longer.
     ///
     /// # Errors
     /// [`Reject`], before anything was done.
@@ -298,6 +302,7 @@ impl Engine {
             most_present,
             speculate,
             share,
+            grammars,
             ..
         } = &self.inner.task
         else {
@@ -330,6 +335,10 @@ impl Engine {
             });
         }
         let max_tokens = request.max_tokens.map_or(room, |most| (most as usize).min(room));
+        let guide = request
+            .constraint
+            .map(|constraint| grammars.compile(&constraint, &self.inner.tokenizer))
+            .transpose()?;
         let counters = &self.inner.counters;
         if let Err(present) = counters.enter(*most_present) {
             return Err(Reject::QueueFull {
@@ -345,6 +354,7 @@ impl Engine {
             max_tokens,
             stop: request.stop,
             sampling: request.sampling,
+            guide,
             scope: if *share {
                 scope(&request.scope)
             } else {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::Value;
 
 use crate::SamplingParams;
+use crate::constrain::Constraint;
 use crate::inspect::KvType;
 
 /// The device that is asked for.
@@ -111,6 +112,8 @@ pub struct GenerateRequest {
     pub scope: String,
     /// Texts that end the answer.
     pub stop: Vec<String>,
+    /// What the answer must follow, if anything.
+    pub constraint: Option<Constraint>,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
 }

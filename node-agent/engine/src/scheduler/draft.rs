@@ -73,6 +73,11 @@ impl Lookup {
         tokens[start..].iter().copied().cycle().take(most).collect()
     }
 
+    /// Tokens to guess that are all but certain.
+    pub(super) fn sure(rows: usize) -> usize {
+        worthwhile(0.9, rows)
+    }
+
     /// Takes note of how many of the guessed tokens came true.
     pub(super) fn came_true(&mut self, guessed: usize, hits: usize) {
         if guessed == 0 {

@@ -24,6 +24,7 @@ use std::time::Instant;
 
 use tracing::{debug, error};
 
+use crate::constrain::Guide;
 use crate::engine::{Counters, FinishReason, Sink, StepCount};
 use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kv::{BlockTable, KvCache, common_prefix};
@@ -39,6 +40,8 @@ pub(crate) struct Job {
     pub(crate) max_tokens: usize,
     pub(crate) stop: Vec<String>,
     pub(crate) sampling: crate::SamplingParams,
+    /// What the answer must follow.
+    pub(crate) guide: Option<Guide>,
     /// Whose prefixes it may share.
     pub(crate) scope: u64,
     /// Whether to guess what comes next, and check it.
@@ -236,7 +239,7 @@ impl Scheduler {
                     if reads {
                         sequence.forget_guess();
                     } else {
-                        sequence.guess(writing);
+                        sequence.guess(writing, &self.tokenizer);
                     }
                     return 1;
                 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::Job;
 use super::draft::Lookup;
+use crate::constrain::Guide;
 use crate::engine::{FinishReason, Finished, GenerateEvent, Sink, TokenLogprob};
 use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kv::{BlockTable, KvCache};
@@ -30,7 +31,10 @@ pub(super) struct Sequence {
     lookup: Option<Lookup>,
     /// Tokens guessed for this step; their rows follow the last token's.
     guess: Vec<u32>,
+    /// Whether a grammar forces what was guessed: then it says nothing about guesses from the text.
+    forced: bool,
     sampler: Sampler,
+    guide: Option<Guide>,
     wants_logprobs: bool,
     stop: StopStrings,
     text: Utf8Stream,
@@ -47,6 +51,7 @@ impl Sequence {
         let wants_logprobs = job.sampling.logprobs.is_some();
         Self {
             sampler: Sampler::new(job.sampling, &job.prompt),
+            guide: job.guide,
             wants_logprobs,
             id: job.id,
             table: BlockTable::new(job.scope),
@@ -58,6 +63,7 @@ impl Sequence {
             max_tokens: job.max_tokens,
             lookup: job.speculate.then(Lookup::default),
             guess: Vec::new(),
+            forced: false,
             stop: StopStrings::new(&job.stop),
             text: Utf8Stream::default(),
             held: Vec::new(),
@@ -106,12 +112,22 @@ impl Sequence {
     }
 
     /// Guesses what comes next, if that pays in a step of `rows` rows.
-    pub(super) fn guess(&mut self, rows: usize) {
+    pub(super) fn guess(&mut self, rows: usize, tokenizer: &Tokenizer) {
+        self.guess.clear();
         let most = self.max_tokens.saturating_sub(self.generated() + 1);
-        self.guess = match &mut self.lookup {
-            Some(lookup) if self.tokens.len() - self.position == 1 => lookup.guess(&self.tokens, rows, most),
-            _ => Vec::new(),
-        };
+        let Some(lookup) = &mut self.lookup else { return };
+        self.forced = false;
+        if let Some(guide) = &mut self.guide {
+            // What must come is surer than what came before.
+            let mut forced = guide.forced(tokenizer);
+            forced.truncate(most.min(Lookup::sure(rows)));
+            if !forced.is_empty() {
+                self.guess = forced;
+                self.forced = true;
+                return;
+            }
+        }
+        self.guess = lookup.guess(&self.tokens, rows, most);
     }
 
     /// Goes without guessing in this step.
@@ -171,7 +187,9 @@ impl Sequence {
             // The guessed token's key and value are what the real one's would be.
             self.position += 1;
         }
-        if let Some(lookup) = &mut self.lookup {
+        if let Some(lookup) = &mut self.lookup
+            && !self.forced
+        {
             let hits = self.tokens[self.tokens.len() - chosen..]
                 .iter()
                 .zip(&guess)
@@ -196,6 +214,11 @@ impl Sequence {
 
     /// Takes the logits after its last row. Gives the reason when the answer is complete.
     fn take(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) -> Option<FinishReason> {
+        if let Some(guide) = &mut self.guide
+            && let Err(error) = guide.mask(logits)
+        {
+            return Some(FinishReason::Error(error));
+        }
         let sampled = self.sampler.sample(logits);
         self.first_token.get_or_insert_with(Instant::now);
         self.tokens.push(sampled.token);
@@ -224,8 +247,15 @@ impl Sequence {
                 .collect();
             self.held.push(entry);
         }
+        let mut complete = ends;
+        if let (Some(guide), false) = (&mut self.guide, ends) {
+            match guide.advance(sampled.token) {
+                Ok(stopped) => complete = stopped,
+                Err(error) => return Some(FinishReason::Error(error)),
+            }
+        }
         let mut text = self.text.push(&bytes);
-        let done = ends || self.generated() >= self.max_tokens;
+        let done = complete || self.generated() >= self.max_tokens;
         if done {
             text.push_str(&self.text.finish());
         }
@@ -241,7 +271,7 @@ impl Sequence {
         {
             return Some(FinishReason::Cancelled);
         }
-        if ends || stopped {
+        if complete || stopped {
             Some(FinishReason::Stop)
         } else if done {
             Some(FinishReason::Length)

@@ -315,6 +315,11 @@ impl Tokenizer {
         self.bos
     }
 
+    /// The tokens that end an answer, in order.
+    pub(crate) fn ends(&self) -> &[u32] {
+        &self.ends
+    }
+
     /// Whether a token ends an answer.
     #[must_use]
     pub fn is_end_of_generation(&self, token: u32) -> bool {

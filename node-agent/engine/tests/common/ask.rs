@@ -20,6 +20,7 @@ pub fn request(prompt: Vec<u32>, max_tokens: u32) -> GenerateRequest {
         max_tokens: Some(max_tokens),
         max_context: None,
         scope: String::new(),
+        constraint: None,
         stop: Vec::new(),
         sampling: SamplingParams {
             logprobs: Some(1),

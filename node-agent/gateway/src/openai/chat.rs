@@ -2,8 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::fields::{Fields, type_of, wrong_type};
+use super::fields::{Fields, wrong_type};
 use super::parameters::Parameters;
+use super::tools::Tools;
 use crate::error::ApiError;
 use crate::worker::PromptInput;
 
@@ -20,6 +21,7 @@ pub(crate) struct ChatRequest {
     /// Bytes of text in the messages.
     pub(crate) prompt_bytes: usize,
     pub(crate) parameters: Parameters,
+    pub(crate) tools: Tools,
 }
 
 impl ChatRequest {
@@ -30,18 +32,26 @@ impl ChatRequest {
         let mut parameters = Parameters::take(&mut fields)?;
         parameters.take_max_completion_tokens(&mut fields)?;
         parameters.sampling.logprobs = take_logprobs(&mut fields)?;
-        let tools = take_tools(&mut fields)?;
-        take_response_format(&mut fields)?;
+        let tools = Tools::take(&mut fields)?;
+        if let Some(constraint) = &tools.constraint
+            && parameters.constraint.replace(constraint.clone()).is_some()
+        {
+            return Err(ApiError::invalid(
+                "tool_choice",
+                "tool_choice demands a call and response_format asks for a form; send one of them",
+            ));
+        }
         refuse_other_modes(&mut fields)?;
         fields.finish()?;
         let prompt_bytes =
-            messages.iter().map(text_bytes).sum::<usize>() + tools.as_ref().map_or(0, text_bytes);
+            messages.iter().map(text_bytes).sum::<usize>() + tools.offered.as_ref().map_or(0, text_bytes);
         Ok(Self {
             model,
             prompt: PromptInput::Chat {
                 messages: Value::Array(messages),
-                tools,
+                tools: tools.offered.clone(),
             },
+            tools,
             prompt_bytes,
             parameters,
         })
@@ -91,7 +101,9 @@ fn read_message(message: Value, path: String) -> Result<Value, ApiError> {
     };
     let tool_calls = match fields.take("tool_calls") {
         Some(Value::Array(calls)) if calls.is_empty() => None,
-        Some(calls @ Value::Array(_)) if role == "assistant" => Some(calls),
+        Some(Value::Array(calls)) if role == "assistant" => {
+            Some(Value::Array(calls.into_iter().map(opened).collect()))
+        }
         Some(Value::Array(_)) | None => None,
         Some(other) => return Err(wrong_type(&fields.at("tool_calls"), &other, "an array")),
     };
@@ -127,6 +139,19 @@ fn read_message(message: Value, path: String) -> Result<Value, ApiError> {
     fields.ignore(&["refusal", "annotations", "function_call", "audio"]);
     fields.finish()?;
     Ok(Value::Object(message))
+}
+
+/// A call with its arguments as the object that they are: the API has them as text, templates write JSON of
+/// what they get.
+fn opened(mut call: Value) -> Value {
+    if let Some(arguments) = call.pointer_mut("/function/arguments")
+        && let Some(object) = arguments
+            .as_str()
+            .and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok())
+    {
+        *arguments = Value::Object(object);
+    }
+    call
 }
 
 /// The text of a message: a string, or parts of which each is text.
@@ -170,60 +195,6 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
         (false, Some(_)) => Err(ApiError::invalid(
             "top_logprobs",
             "top_logprobs is only allowed where logprobs is true",
-        )),
-    }
-}
-
-/// Tools are for the chat template; the answer stays text.
-fn take_tools(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
-    let tools = match fields.take("tools") {
-        None => None,
-        Some(Value::Array(tools)) if tools.is_empty() => None,
-        Some(Value::Array(tools)) => {
-            for (index, tool) in tools.iter().enumerate() {
-                if tool
-                    .get("function")
-                    .and_then(|function| function.get("name"))
-                    .is_none()
-                {
-                    let path = format!("tools[{index}].function.name");
-                    return Err(ApiError::invalid(&path, format!("{path} is missing")));
-                }
-            }
-            Some(Value::Array(tools))
-        }
-        Some(other) => return Err(wrong_type("tools", &other, "an array")),
-    };
-    match fields.take("tool_choice") {
-        None => Ok(tools),
-        Some(Value::String(choice)) if choice == "auto" => Ok(tools),
-        Some(Value::String(choice)) if choice == "none" => Ok(None),
-        Some(_) => Err(ApiError::unsupported(
-            "tool_choice",
-            "tool_choice may be \"auto\" or \"none\": this version cannot force a tool call",
-        )),
-    }
-}
-
-fn take_response_format(fields: &mut Fields) -> Result<(), ApiError> {
-    let Some(format) = fields.take("response_format") else {
-        return Ok(());
-    };
-    match format.get("type").and_then(Value::as_str) {
-        Some("text") => Ok(()),
-        Some(kind) => {
-            let kind: String = kind.chars().take(100).collect();
-            Err(ApiError::unsupported(
-                "response_format",
-                format!("response_format {kind:?} is not carried out by this version; use \"text\""),
-            ))
-        }
-        None => Err(ApiError::invalid(
-            "response_format",
-            format!(
-                "response_format is {} and must be an object with a type",
-                type_of(&format)
-            ),
         )),
     }
 }

@@ -23,6 +23,7 @@ use super::chat::ChatRequest;
 use super::completions::CompletionRequest;
 use super::fan_out::FanOut;
 use super::parameters::Parameters;
+use super::tools::Tools;
 use super::wording::{Api, Choice, Usage, Wording};
 use crate::bus::revision;
 use crate::error::ApiError;
@@ -41,6 +42,7 @@ pub(super) struct GenerateJob {
     prompts: Vec<PromptInput>,
     prompt_bytes: usize,
     parameters: Parameters,
+    tools: Tools,
 }
 
 impl From<ChatRequest> for GenerateJob {
@@ -50,9 +52,11 @@ impl From<ChatRequest> for GenerateJob {
             prompt,
             prompt_bytes,
             parameters,
+            tools,
         } = request;
         Self {
             api: Api::Chat,
+            tools,
             model,
             prompts: vec![prompt],
             prompt_bytes,
@@ -71,6 +75,7 @@ impl From<CompletionRequest> for GenerateJob {
         } = request;
         Self {
             api: Api::Completion,
+            tools: Tools::default(),
             model,
             prompts,
             prompt_bytes,
@@ -199,7 +204,7 @@ impl GenerateJob {
                 prompts: vec![0; self.prompts.len()],
                 completions: vec![0; calls.len()],
             },
-            choices: vec![Choice::default(); calls.len()],
+            choices: vec![Choice::new(self.tools.parser()); calls.len()],
             fan_out: FanOut::new(client, calls),
             exchange,
             wording,
@@ -252,10 +257,10 @@ impl Running {
             if let Some(choice) = self.choices.get_mut(index) {
                 match event {
                     WorkerEvent::Text { text, tokens } => {
-                        choice.text.push_str(&text);
                         choice.tokens.extend(tokens);
+                        choice.add(&text);
                     }
-                    WorkerEvent::Finished { reason, .. } => choice.reason = Some(reason),
+                    WorkerEvent::Finished { reason, .. } => choice.end(reason),
                     WorkerEvent::Started { .. } | WorkerEvent::Failed { .. } => {}
                 }
             }
@@ -356,14 +361,16 @@ async fn feed(running: &mut Running, first: (usize, WorkerEvent), sink: &Sink) -
     }
     let mut next = Some(first);
     while let Some((index, event)) = next {
-        let chunk = match (&event, running.choices.get_mut(index)) {
+        let chunks = match (event, running.choices.get_mut(index)) {
             (WorkerEvent::Text { text, tokens }, Some(choice)) => {
-                Some(running.wording.piece(index, choice, text, tokens))
+                running.wording.pieces(index, choice, text, tokens)
             }
-            (WorkerEvent::Finished { reason, .. }, _) => Some(running.wording.ending(index, *reason)),
-            _ => None,
+            (WorkerEvent::Finished { reason, .. }, Some(choice)) => {
+                running.wording.ending(index, choice, reason)
+            }
+            _ => Vec::new(),
         };
-        if let Some(chunk) = chunk {
+        for chunk in chunks {
             sink.send(event_of(&chunk)).await?;
         }
         next = running.fan_out.next().await.map_err(|error| {

@@ -9,9 +9,11 @@ mod completions;
 mod embeddings;
 mod fan_out;
 mod fields;
+mod format;
 mod generate;
 mod models;
 mod parameters;
+mod tools;
 mod wording;
 
 use std::any::Any;
@@ -409,6 +411,7 @@ mod tests {
             Just("stream"),
             Just("stream_options"),
             Just("response_format"),
+            Just("structured_outputs"),
             Just("encoding_format"),
         ]
         .prop_map(str::to_owned);

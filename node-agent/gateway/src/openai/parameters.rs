@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::fields::{Fields, number_in, wrong_type};
 use crate::error::ApiError;
-use crate::worker::{GenerateCall, PromptInput, SamplingCall};
+use crate::worker::{ConstraintInput, GenerateCall, PromptInput, SamplingCall};
 
 /// Most answers to one prompt.
 pub(crate) const ANSWERS_LIMIT: u32 = 16;
@@ -44,6 +44,8 @@ pub(crate) struct Parameters {
     /// Whether a stream ends with the count of tokens.
     pub(crate) include_usage: bool,
     pub(crate) echo: bool,
+    /// What the answer must look like.
+    pub(crate) constraint: Option<ConstraintInput>,
     pub(crate) sampling: SamplingCall,
 }
 
@@ -60,6 +62,7 @@ impl Parameters {
             include_usage: take_stream_options(fields, stream)?,
             stream,
             echo: false,
+            constraint: super::format::take(fields)?,
             sampling: SamplingCall {
                 temperature: fields.number("temperature", 0.0..=2.0)?,
                 // 0 leaves the likeliest token, as in OpenAI's API; to the engine it would mean "all".
@@ -118,6 +121,7 @@ impl Parameters {
                 scope: scope.to_owned(),
                 stop: self.stop.clone(),
                 echo: self.echo,
+                constraint: self.constraint.clone(),
                 sampling,
             };
             (index, call)

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
+use uuid::Uuid;
+
+use super::tools::{Call, Piece, ToolParser};
 use crate::worker::{FinishReason, TokenLogprob};
 
 /// Which of the two APIs answers.
@@ -49,10 +52,80 @@ pub(crate) struct Wording {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Choice {
     pub(crate) text: String,
+    /// Calls of tools, in their order.
+    calls: Vec<Value>,
+    /// Finds calls, where the request offered tools.
+    parser: Option<ToolParser>,
     pub(crate) tokens: Vec<TokenLogprob>,
     pub(crate) reason: Option<FinishReason>,
     /// Characters that were sent, for offsets in a stream.
     sent_characters: usize,
+}
+
+impl Choice {
+    pub(crate) fn new(parser: Option<ToolParser>) -> Self {
+        Self {
+            parser,
+            ..Self::default()
+        }
+    }
+
+    /// Takes a piece of the answer.
+    pub(crate) fn add(&mut self, text: &str) {
+        match &mut self.parser {
+            None => self.text.push_str(text),
+            Some(parser) => {
+                let pieces = parser.push(text);
+                self.take(pieces);
+            }
+        }
+    }
+
+    /// Takes the end of the answer.
+    pub(crate) fn end(&mut self, reason: FinishReason) {
+        let pieces = self.parser.as_mut().map(ToolParser::finish).unwrap_or_default();
+        self.take(pieces);
+        self.reason = Some(reason);
+    }
+
+    fn take(&mut self, pieces: Vec<Piece>) {
+        for piece in pieces {
+            match piece {
+                Piece::Text(text) => self.text.push_str(&text),
+                Piece::Call(call) => self.calls.push(call_json(&call)),
+            }
+        }
+    }
+
+    /// OpenAI's word for how it ended.
+    fn reason(&self, reason: FinishReason) -> &'static str {
+        let called = self.parser.as_ref().is_some_and(ToolParser::called);
+        match reason {
+            FinishReason::Stop if called => "tool_calls",
+            reason => reason.as_str(),
+        }
+    }
+
+    fn message(&self) -> Value {
+        let content = if self.calls.is_empty() || !self.text.is_empty() {
+            json!(self.text)
+        } else {
+            Value::Null
+        };
+        let mut message = json!({"role": "assistant", "content": content, "refusal": null});
+        if let (false, Value::Object(message)) = (self.calls.is_empty(), &mut message) {
+            message.insert("tool_calls".to_owned(), json!(self.calls));
+        }
+        message
+    }
+}
+
+fn call_json(call: &Call) -> Value {
+    json!({
+        "id": format!("call_{}", Uuid::new_v4().simple()),
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    })
 }
 
 impl Wording {
@@ -77,12 +150,12 @@ impl Wording {
             .iter()
             .enumerate()
             .map(|(index, choice)| {
-                let reason = choice.reason.map(FinishReason::as_str);
+                let reason = choice.reason.map(|reason| choice.reason(reason));
                 let logprobs = self.logprobs(&choice.tokens, 0);
                 match self.api {
                     Api::Chat => json!({
                         "index": index,
-                        "message": {"role": "assistant", "content": choice.text, "refusal": null},
+                        "message": choice.message(),
                         "logprobs": logprobs,
                         "finish_reason": reason,
                     }),
@@ -121,15 +194,46 @@ impl Wording {
         })
     }
 
-    /// A chunk with a piece of an answer.
-    pub(crate) fn piece(
+    /// The chunks for a piece of an answer.
+    pub(crate) fn pieces(
         &self,
         index: usize,
         choice: &mut Choice,
-        text: &str,
-        tokens: &[TokenLogprob],
-    ) -> Value {
-        let logprobs = self.logprobs(tokens, choice.sent_characters);
+        text: String,
+        tokens: Vec<TokenLogprob>,
+    ) -> Vec<Value> {
+        let pieces = match &mut choice.parser {
+            None => vec![Piece::Text(text)],
+            Some(parser) => parser.push(&text),
+        };
+        // They go with the next piece that is sent.
+        choice.tokens.extend(tokens);
+        pieces
+            .into_iter()
+            .map(|piece| self.piece(index, choice, piece))
+            .collect()
+    }
+
+    fn piece(&self, index: usize, choice: &mut Choice, piece: Piece) -> Value {
+        let tokens = std::mem::take(&mut choice.tokens);
+        let text = match piece {
+            Piece::Text(text) => text,
+            Piece::Call(call) => {
+                let mut call = call_json(&call);
+                if let Value::Object(fields) = &mut call {
+                    fields.insert("index".to_owned(), json!(choice.calls.len()));
+                }
+                choice.calls.push(call.clone());
+                let choice = json!({
+                    "index": index,
+                    "delta": {"tool_calls": [call]},
+                    "logprobs": self.logprobs(&tokens, 0),
+                    "finish_reason": null,
+                });
+                return self.chunk(vec![choice], None);
+            }
+        };
+        let logprobs = self.logprobs(&tokens, choice.sent_characters);
         choice.sent_characters += text.chars().count();
         let choice = match self.api {
             Api::Chat => json!({
@@ -148,23 +252,36 @@ impl Wording {
         self.chunk(vec![choice], None)
     }
 
-    /// The last chunk of an answer.
-    pub(crate) fn ending(&self, index: usize, reason: FinishReason) -> Value {
+    /// The last chunks of an answer.
+    pub(crate) fn ending(&self, index: usize, choice: &mut Choice, reason: FinishReason) -> Vec<Value> {
+        let rest = choice.parser.as_mut().map(ToolParser::finish).unwrap_or_default();
+        let mut chunks: Vec<Value> = rest
+            .into_iter()
+            .map(|piece| self.piece(index, choice, piece))
+            .collect();
+        let tokens = std::mem::take(&mut choice.tokens);
+        let logprobs = if tokens.is_empty() {
+            Value::Null
+        } else {
+            self.logprobs(&tokens, choice.sent_characters)
+        };
+        let reason = choice.reason(reason);
         let choice = match self.api {
             Api::Chat => json!({
                 "index": index,
                 "delta": {},
-                "logprobs": null,
-                "finish_reason": reason.as_str(),
+                "logprobs": logprobs,
+                "finish_reason": reason,
             }),
             Api::Completion => json!({
                 "index": index,
                 "text": "",
-                "logprobs": null,
-                "finish_reason": reason.as_str(),
+                "logprobs": logprobs,
+                "finish_reason": reason,
             }),
         };
-        self.chunk(vec![choice], None)
+        chunks.push(self.chunk(vec![choice], None));
+        chunks
     }
 
     /// The chunk with the count of tokens, where it was asked for.

@@ -17,7 +17,7 @@ pub mod protocol;
 
 pub use client::{CallWorker, Generation, WorkerClient};
 pub use protocol::{
-    EmbedCall, EmbedInput, EmbedReply, FinishReason, GenerateCall, PromptInput, SamplingCall, TokenLogprob,
-    TopLogprob, WorkerBeat, WorkerError, WorkerErrorKind, WorkerEvent, WorkerFailed, WorkerLine,
-    WorkerLoading, WorkerReady, WorkerStatus,
+    ConstraintInput, EmbedCall, EmbedInput, EmbedReply, FinishReason, GenerateCall, PromptInput,
+    SamplingCall, TokenLogprob, TopLogprob, WorkerBeat, WorkerError, WorkerErrorKind, WorkerEvent,
+    WorkerFailed, WorkerLine, WorkerLoading, WorkerReady, WorkerStatus,
 };

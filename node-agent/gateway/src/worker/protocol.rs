@@ -8,6 +8,29 @@ use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// What an answer must look like. It is held to it token by token.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ConstraintInput {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that the schema allows.
+    JsonSchema {
+        /// Draft 2020-12.
+        schema: Value,
+    },
+    /// Text that the regular expression matches from beginning to end.
+    Regex {
+        /// The expression.
+        regex: String,
+    },
+    /// Text of a grammar in llguidance's form of Lark.
+    Lark {
+        /// The grammar.
+        lark: String,
+    },
+}
+
 /// One generation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GenerateCall {
@@ -32,6 +55,9 @@ pub struct GenerateCall {
     /// Whether the prompt stands in front of the answer.
     #[serde(default)]
     pub echo: bool,
+    /// What the answer must look like, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub constraint: Option<ConstraintInput>,
     /// How tokens are chosen.
     #[serde(default)]
     pub sampling: SamplingCall,

@@ -196,19 +196,19 @@ async fn each_wrong_field_is_refused_and_named() {
             "encoding_format",
             "base64",
         ),
-        // What this version does not do.
         (
             CHAT,
             json!({"response_format": {"type": "json_schema"}}),
-            "response_format",
-            "json_schema",
+            "response_format.json_schema",
+            "missing",
         ),
         (
             CHAT,
-            json!({"response_format": {"type": "json_object"}}),
-            "response_format",
+            json!({"response_format": {"type": "xml"}}),
+            "response_format.type",
             "json_object",
         ),
+        // What this version does not do.
         (
             CHAT,
             json!({"response_format": "text"}),
@@ -226,7 +226,7 @@ async fn each_wrong_field_is_refused_and_named() {
             CHAT,
             json!({"tool_choice": "required"}),
             "tool_choice",
-            "cannot force",
+            "nothing to call",
         ),
         (
             CHAT,

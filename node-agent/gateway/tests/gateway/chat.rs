@@ -1,6 +1,6 @@
 //! `/v1/chat/completions`: what reaches the worker, and what reaches the client.
 
-use freehold_gateway::worker::{FinishReason, PromptInput, WorkerErrorKind, WorkerEvent};
+use freehold_gateway::worker::{ConstraintInput, FinishReason, PromptInput, WorkerErrorKind, WorkerEvent};
 use serde_json::{Value, json};
 
 use crate::bus::Bus;
@@ -185,11 +185,12 @@ async fn messages_are_made_ready_for_a_template() {
         "tool_choice": "auto",
     });
     bus.post(PATH, &body).await.ok();
+    // Templates write JSON of arguments themselves, so they get the object.
     let expected = json!([
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why?", "name": "ann"},
         {"role": "assistant", "content": null,
-         "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]},
+         "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": {}}}]},
         {"role": "tool", "content": "nothing", "tool_call_id": "c1"},
     ]);
     assert_eq!(
@@ -431,4 +432,110 @@ async fn a_field_that_the_worker_refuses_is_named_as_the_client_knows_it() {
     worker.reply(Reply::Refuse(error));
     let error = bus.post(PATH, &question()).await.error(400);
     assert_eq!(error.param.as_deref(), Some("logit_bias"));
+}
+
+const CALL: &[&str] = &[
+    "I look",
+    ". <tool",
+    "_call>{\"name\": \"look\", \"argu",
+    "ments\": {\"at\": 1}}</tool_call>",
+];
+
+fn with_tools(more: &Value) -> Value {
+    let mut body = with(more);
+    body["tools"] = json!([{"type": "function", "function": {"name": "look",
+        "parameters": {"type": "object", "properties": {"at": {"type": "integer"}}}}}]);
+    body
+}
+
+#[tokio::test]
+async fn tool_calls_are_found_whole_and_in_streams() {
+    let (bus, worker) = Bus::start().await;
+    worker.reply(answer(1, CALL, FinishReason::Stop));
+    let whole = bus.post(PATH, &with_tools(&json!({}))).await.ok();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    assert_eq!(choice["message"]["content"], "I look.");
+    let call = &choice["message"]["tool_calls"][0];
+    assert_eq!(
+        call["function"],
+        json!({"name": "look", "arguments": "{\"at\":1}"})
+    );
+    assert!(call["id"].as_str().unwrap().starts_with("call_"));
+
+    worker.reply(answer(1, CALL, FinishReason::Stop));
+    let (chunks, done) = bus
+        .stream(PATH, &with_tools(&json!({"stream": true})))
+        .await
+        .events()
+        .await;
+    assert!(done);
+    let deltas: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]).collect();
+    let text: String = deltas
+        .iter()
+        .filter_map(|delta| delta["content"].as_str())
+        .collect();
+    assert_eq!(text, "I look.");
+    let calls: Vec<&Value> = deltas
+        .iter()
+        .filter_map(|delta| delta["tool_calls"].get(0))
+        .collect();
+    assert_eq!(calls.len(), 1);
+    assert_eq!(
+        (&calls[0]["index"], &calls[0]["function"]["name"]),
+        (&json!(0), &json!("look"))
+    );
+    assert_eq!(
+        chunks.last().unwrap()["choices"][0]["finish_reason"],
+        "tool_calls"
+    );
+
+    // Cut off in the middle, it is what it is: text.
+    worker.reply(answer(1, &CALL[..2], FinishReason::Length));
+    let whole = bus.post(PATH, &with_tools(&json!({}))).await.ok();
+    assert_eq!(whole["choices"][0]["message"]["content"], "I look. <tool");
+    assert_eq!(whole["choices"][0]["finish_reason"], "length");
+}
+
+#[tokio::test]
+async fn what_an_answer_must_be_reaches_the_worker() {
+    let (bus, worker) = Bus::start().await;
+    let schema = json!({"type": "object", "properties": {"b": {"type": "null"}, "a": {"type": "null"}}});
+    worker.reply(answer(1, &["{}"], FinishReason::Stop));
+    let format =
+        json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}});
+    bus.post(PATH, &with(&format)).await.ok();
+    let constraint = worker.only_call().constraint.unwrap();
+    assert_eq!(
+        constraint,
+        ConstraintInput::JsonSchema {
+            schema: schema.clone()
+        }
+    );
+    // The order of properties is the order in which they are written.
+    assert!(
+        serde_json::to_string(&constraint)
+            .unwrap()
+            .contains(r#""b":{"type":"null"},"a""#)
+    );
+
+    let (bus, worker) = Bus::start().await;
+    worker.reply(answer(
+        1,
+        &[r#"{"name": "look", "arguments": {"at": 5}}"#],
+        FinishReason::Stop,
+    ));
+    let whole = bus
+        .post(PATH, &with_tools(&json!({"tool_choice": "required"})))
+        .await
+        .ok();
+    assert!(matches!(
+        worker.only_call().constraint,
+        Some(ConstraintInput::JsonSchema { .. })
+    ));
+    assert_eq!(whole["choices"][0]["message"]["content"], Value::Null);
+    assert_eq!(
+        whole["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"],
+        "{\"at\":5}"
+    );
 }

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Builds the images of the operator and the node agent as OCI archives, without a container daemon.
+"""Builds the container images as OCI archives, without a container daemon.
 
-    python3 tests/images/build.py OUT [--image operator|node-agent]... [--architecture amd64|arm64]...
-                                      [--registry NAME] [--tag TAG]
+    manifests/images/build.py                          both images for this machine's processor
+    manifests/images/build.py --platforms amd64,arm64  for both kinds of processor, in one archive each
+    manifests/images/build.py --binaries FOLDER        packs programs that were built before
 
-Both programs are static (musl), linked by zig, which comes from the Python package registry and cross-compiles to
-both architectures from either. OUT gets IMAGE.tar and, for each architecture, IMAGE.ARCHITECTURE.cdx.json: its
-software bill of materials, which also lies in the image. `ctr -n k8s.io images import OUT/operator.tar` loads it.
-What it needs: Rust with the musl targets (rustup target add x86_64-unknown-linux-musl), Python 3.11 or newer."""
+Programs are static (musl), linked by cargo-zigbuild and zig, which come from PyPI into the cache. Beside each archive
+lies a bill of materials for each processor, which the image holds too. Import an archive with `k3s ctr images import`,
+`ctr -n k8s.io images import`, `docker load` or `skopeo copy oci-archive:…`. Needs Rust and Python 3.11 or newer."""
 
 import argparse
 import hashlib
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The linker for every target, and cargo's way to it. Other versions make other bytes.
 TOOLS = ["ziglang==0.15.1", "cargo-zigbuild==0.24.0"]
 # Whom the agent trusts when it fetches a model: Mozilla's list, MPL-2.0.
-CERTIFICATES = ("certifi==2025.10.5", "0f212c2744a9bb6de0c56639a6f68afe01ecd92d91f14ae897c4fe7bbeeef0de")
+CERTIFICATES = ("certifi==2026.6.17", "2227dcbaafe0d2f59279d1762ddddc37783ed4354594f194ffc31d20f41fc3db")
 TARGETS = {"amd64": "x86_64-unknown-linux-musl", "arm64": "aarch64-unknown-linux-musl"}
 # `nonroot` of the distroless images, and what the chart's pods run as.
 NOBODY = 65532
@@ -87,6 +87,7 @@ def compile_all(images, architectures, cache):
     packages = [f"freehold-{image}" for image in images]
     chosen = [word for package in packages for word in ("--package", package, "--bin", package)]
     for architecture in architectures:
+        run("rustup", "target", "add", TARGETS[architecture], stdout=subprocess.DEVNULL, cwd=ROOT)
         run("cargo", "zigbuild", "--release", "--locked", "--target", TARGETS[architecture], *chosen,
             cwd=ROOT, env=environment)
     folder = Path(json.loads(said("cargo", "metadata", "--no-deps", "--format-version", "1"))["target_directory"])
@@ -94,12 +95,13 @@ def compile_all(images, architectures, cache):
             for image in images for architecture in architectures}
 
 
-def is_static(program):
-    """Whether an ELF program asks for no dynamic loader: it has no PT_INTERP segment."""
+def is_static(program, architecture):
+    """Whether this is an ELF program for this processor that asks for no dynamic loader, by a PT_INTERP segment."""
     offset = int.from_bytes(program[32:40], "little")
     size, count = (int.from_bytes(program[at : at + 2], "little") for at in (54, 56))
     kinds = [int.from_bytes(program[offset + n * size : offset + n * size + 4], "little") for n in range(count)]
-    return program[:4] == b"\x7fELF" and 3 not in kinds
+    machine = {62: "amd64", 183: "arm64"}.get(int.from_bytes(program[18:20], "little"))
+    return program[:4] == b"\x7fELF" and machine == architecture and 3 not in kinds
 
 
 def image(name, architecture, program, bill, about):
@@ -131,15 +133,14 @@ def image(name, architecture, program, bill, about):
     )
 
 
-def about(cache, images):
+def about(cache):
     """Version, commit and time, which is the commit's unless SOURCE_DATE_EPOCH says another."""
     workspace = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]
-    wanted = any(IMAGES[name]["certificates"] for name in images)
     return {
         "version": workspace["package"]["version"],
         "revision": said("git", "rev-parse", "HEAD"),
         "created": int(os.environ.get("SOURCE_DATE_EPOCH") or said("git", "log", "-1", "--format=%ct")),
-        "certificates": certificates(cache) if wanted else b"",
+        "certificates": certificates(cache),
     }
 
 
@@ -150,36 +151,51 @@ def megabytes(size):
 def main(arguments):
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "freehold" / "images"
     cache.mkdir(parents=True, exist_ok=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    images, facts = arguments.image or list(IMAGES), about(cache, arguments.image or list(IMAGES))
-    programs = compile_all(images, arguments.architecture, cache)
-    tag = arguments.tag or facts["version"]
+    out = arguments.out or cache
+    out.mkdir(parents=True, exist_ok=True)
+    platforms, images, facts = arguments.platforms, list(IMAGES), about(cache)
+    if arguments.binaries:
+        programs = {(name, each): arguments.binaries / f"freehold-{name}" for name in images for each in platforms}
+    else:
+        programs = compile_all(images, platforms, cache)
+    version = arguments.version or facts["version"]
     for name in images:
         made = []
-        for architecture in arguments.architecture:
-            program = programs[name, architecture].read_bytes()
-            if not is_static(program):
-                sys.exit(f"{programs[name, architecture]} needs a dynamic loader, and the image holds none")
+        for architecture in platforms:
+            path = programs[name, architecture]
+            if not path.is_file():
+                sys.exit(f"{path} is missing: build it, or leave --binaries out")
+            program = path.read_bytes()
+            if not is_static(program, architecture):
+                sys.exit(f"{path} is no static program for {architecture}: the image has no dynamic loader. "
+                         f"Build it with --target {TARGETS[architecture]}, or leave --binaries out")
             bill = json.dumps(sbom.bill(ROOT, f"freehold-{name}", TARGETS[architecture]), indent=1).encode()
-            (arguments.out / f"{name}.{architecture}.cdx.json").write_bytes(bill)
+            (out / f"freehold-{name}-{version}.{architecture}.cdx.json").write_bytes(bill)
             made.append(image(name, architecture, program, bill, facts))
-            print(f"{name} {architecture}: program {megabytes(len(program))}")
-        reference = f"{arguments.registry}/freehold-{name}:{tag}"
+            print(f"freehold-{name} {architecture}: program {megabytes(len(program))}")
+        reference, file = f"localhost/freehold-{name}:{version}", out / f"freehold-{name}-{version}.tar"
         data = oci.archive(reference, made)
         oci.read(data)
-        (arguments.out / f"{name}.tar").write_bytes(data)
-        print(f"{reference}: {arguments.out / name}.tar, {megabytes(len(data))}, sha256 "
-              f"{hashlib.sha256(data).hexdigest()}")
+        file.write_bytes(data)
+        print(f"{reference}: {file}, {megabytes(len(data))}, sha256 {hashlib.sha256(data).hexdigest()}")
+
+
+def parse(words):
+    here = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}.get(platform.machine(), "amd64")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platforms", default=here, help="amd64, arm64, or both with a comma [this machine's]")
+    parser.add_argument("--out", type=Path, help="folder of the archives [the cache]")
+    parser.add_argument("--version", help="tag of the images [the workspace's version]")
+    parser.add_argument("--binaries", type=Path, help="folder with the programs of one platform, built before")
+    arguments = parser.parse_args(words)
+    arguments.platforms = arguments.platforms.split(",")
+    for name in arguments.platforms:
+        if name not in TARGETS:
+            parser.error(f"--platforms holds {name!r}; it may hold {' and '.join(TARGETS)}")
+    if arguments.binaries and len(arguments.platforms) != 1:
+        parser.error("--binaries holds the programs of one platform; name one with --platforms")
+    return arguments
 
 
 if __name__ == "__main__":
-    here = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}.get(platform.machine())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--image", action="append", choices=list(IMAGES), help="both if not given")
-    parser.add_argument("--architecture", action="append", choices=list(TARGETS), help="this machine's if not given")
-    parser.add_argument("--registry", default="localhost", help="what the image's name begins with")
-    parser.add_argument("--tag", help="the version if not given")
-    parsed = parser.parse_args()
-    parsed.architecture = parsed.architecture or [here]
-    main(parsed)
+    main(parse(sys.argv[1:]))

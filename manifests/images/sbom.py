@@ -1,6 +1,6 @@
 """What a program is made of, as CycloneDX 1.6, from cargo's own metadata and Cargo.lock.
 
-    python3 tests/images/sbom.py freehold-operator x86_64-unknown-linux-musl"""
+    python3 manifests/images/sbom.py freehold-operator x86_64-unknown-linux-musl"""
 
 import json
 import subprocess

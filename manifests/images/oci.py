@@ -95,7 +95,7 @@ def blobs_of(image):
             "WorkingDir": image.working_dir,
         },
         "rootfs": {"type": "layers", "diff_ids": [digest(plain)]},
-        "history": [{"created": when(image.created), "created_by": "tests/images/build.py"}],
+        "history": [{"created": when(image.created), "created_by": "manifests/images/build.py"}],
     })
     manifest = encode({
         "schemaVersion": 2,

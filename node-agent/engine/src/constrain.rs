@@ -1,0 +1,210 @@
+//! Answers that must follow a JSON schema, a regular expression or a grammar.
+//!
+//! llguidance says which tokens may come next; those that may not are taken out before one is chosen, so what
+//! is written is valid at every token, and complete unless the answer's length ends it. Where only one text
+//! can follow, that text is guessed ahead like any other ([`crate::scheduler`]).
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock};
+
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{Matcher, ParserFactory};
+use serde_json::{Map, Value, json};
+
+use crate::Reject;
+use crate::tokenizer::{Special, Tokenizer};
+
+/// Longest schema, expression or grammar in bytes: hostile ones are refused before they are compiled.
+const SOURCE_LIMIT: usize = 256 << 10;
+/// Longest message of a refusal, in characters.
+const MESSAGE_LIMIT: usize = 400;
+
+/// What an answer must be.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Constraint {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that a schema (draft 2020-12) allows.
+    JsonSchema(Value),
+    /// Text that a regular expression matches from beginning to end.
+    Regex(String),
+    /// Text of a context-free grammar in llguidance's form of Lark.
+    Lark(String),
+}
+
+impl Constraint {
+    /// Bytes of its source.
+    fn source_bytes(&self) -> usize {
+        match self {
+            Self::JsonObject => 0,
+            Self::JsonSchema(schema) => schema.to_string().len(),
+            Self::Regex(source) | Self::Lark(source) => source.len(),
+        }
+    }
+
+    fn grammar(&self) -> TopLevelGrammar {
+        match self {
+            Self::JsonObject => TopLevelGrammar::from_json_schema(tight(json!({"type": "object"}))),
+            Self::JsonSchema(schema) => TopLevelGrammar::from_json_schema(tight(schema.clone())),
+            Self::Regex(source) => TopLevelGrammar::from_regex(source),
+            Self::Lark(source) => TopLevelGrammar::from_lark(source.clone()),
+        }
+    }
+}
+
+/// Spaces only where people put them: left free, a small model fills its answer with blank lines.
+fn tight(schema: Value) -> Value {
+    let spaces = json!({"whitespace_flexible": false, "item_separator": ", ?", "key_separator": ": ?"});
+    let mut fields = match schema {
+        Value::Object(fields) => fields,
+        // `true`, and what is no schema, which the compiler refuses with a reason.
+        other => Map::from_iter([("allOf".to_owned(), json!([other]))]),
+    };
+    fields.entry("x-guidance").or_insert(spaces);
+    Value::Object(fields)
+}
+
+/// Compiles constraints for one model. The tree of its tokens is built when first needed.
+#[derive(Default)]
+pub(crate) struct Grammars {
+    factory: OnceLock<Result<ParserFactory, String>>,
+}
+
+impl Grammars {
+    /// # Errors
+    /// [`Reject::InvalidRequest`] that says what cannot be followed.
+    pub(crate) fn compile(&self, constraint: &Constraint, tokenizer: &Tokenizer) -> Result<Guide, Reject> {
+        let refuse = |found: String, allowed: &str| Reject::InvalidRequest {
+            field: "response_format".to_owned(),
+            found,
+            allowed: allowed.to_owned(),
+        };
+        let bytes = constraint.source_bytes();
+        if bytes > SOURCE_LIMIT {
+            return Err(refuse(
+                format!("{bytes} bytes long"),
+                "at most 256 KiB of schema, expression or grammar",
+            ));
+        }
+        let factory = self
+            .factory
+            .get_or_init(|| factory(tokenizer))
+            .as_ref()
+            .map_err(|error| Reject::Compute(error.clone()))?;
+        // What strangers send is compiled by code that is not ours: a panic of it refuses the request.
+        let compiled = catch_unwind(AssertUnwindSafe(|| {
+            let mut matcher = Matcher::new(factory.create_parser(constraint.grammar()));
+            // The first mask finds grammars that nothing can satisfy.
+            let first = matcher.compute_mask().map_err(|error| error.to_string());
+            first.map(|mask| (matcher, mask.is_zero()))
+        }));
+        let problem = match compiled {
+            Ok(Ok((matcher, false))) => {
+                return Ok(Guide {
+                    matcher: Box::new(matcher),
+                });
+            }
+            Ok(Ok((_, true))) => "nothing satisfies it".to_owned(),
+            Ok(Err(error)) => error,
+            Err(_) => "it cannot be compiled".to_owned(),
+        };
+        let problem: String = problem
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .chars()
+            .take(MESSAGE_LIMIT)
+            .collect();
+        Err(refuse(
+            format!("a constraint that cannot be followed ({problem})"),
+            "a JSON schema, regular expression or Lark grammar that some text satisfies",
+        ))
+    }
+}
+
+fn factory(tokenizer: &Tokenizer) -> Result<ParserFactory, String> {
+    let ends = tokenizer.ends();
+    let Some(&end) = ends.first() else {
+        return Err("the model has no token that ends an answer".to_owned());
+    };
+    let words: Vec<Vec<u8>> = (0..tokenizer.vocab_size() as u32)
+        .map(|token| {
+            let mut bytes = Vec::new();
+            tokenizer.append_bytes(token, &mut bytes);
+            if bytes.is_empty() || ends.contains(&token) {
+                // Control tokens have a place of their own that no text reaches.
+                bytes = vec![TokTrie::SPECIAL_TOKEN_MARKER];
+                bytes.extend_from_slice(tokenizer.token_text(token).as_bytes());
+            }
+            bytes
+        })
+        .collect();
+    let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, end), &words).with_eos_tokens(ends);
+    let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+    let mut factory = ParserFactory::new_simple(&environment).map_err(|error| error.to_string())?;
+    factory.quiet();
+    // Errors must not hold what was written so far.
+    factory.limits_mut().verbose_errors = false;
+    Ok(factory)
+}
+
+/// Where one answer is in its grammar.
+pub(crate) struct Guide {
+    matcher: Box<Matcher>,
+}
+
+impl Guide {
+    /// Takes out what may not come next. `logits` is `[vocabulary]`.
+    ///
+    /// # Errors
+    /// When the grammar has become too costly to follow.
+    pub(crate) fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
+        let mask = self
+            .matcher
+            .compute_mask_or_eos()
+            .map_err(|error| brief(&error))?;
+        let tokens = mask.len().min(logits.len());
+        // Rows beyond the tokenizer's tokens stand for nothing.
+        logits[tokens..].fill(f32::NEG_INFINITY);
+        mask.iter_unset_entries(|token| {
+            if let Some(logit) = logits.get_mut(token) {
+                *logit = f32::NEG_INFINITY;
+            }
+        });
+        Ok(())
+    }
+
+    /// Goes on by the token that was chosen. True when the text is complete and nothing can follow.
+    ///
+    /// # Errors
+    /// When the token does not fit, which is a fault of this program.
+    pub(crate) fn advance(&mut self, token: u32) -> Result<bool, String> {
+        self.matcher.consume_token(token).map_err(|error| brief(&error))?;
+        Ok(self.matcher.is_stopped())
+    }
+
+    /// The tokens of the text that must come next, as the model would most likely cut it; often none.
+    pub(crate) fn forced(&mut self, tokenizer: &Tokenizer) -> Vec<u32> {
+        let bytes = self.matcher.compute_ff_bytes();
+        let Ok(text) = std::str::from_utf8(&bytes) else {
+            return Vec::new();
+        };
+        if text.is_empty() {
+            return Vec::new();
+        }
+        tokenizer.encode(text, Special::default())
+    }
+}
+
+fn brief(error: &dyn std::fmt::Display) -> String {
+    let text = error.to_string();
+    let line: String = text
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .chars()
+        .take(MESSAGE_LIMIT)
+        .collect();
+    format!("the grammar cannot be followed further: {line}")
+}

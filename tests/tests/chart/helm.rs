@@ -1,0 +1,117 @@
+//! Running helm and kubectl as a person would.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use freehold_tests::parts::{kubectl, part};
+use serde_json::Value;
+
+/// The chart of this tree.
+pub fn chart() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/freehold")
+}
+
+/// Who runs commands, and against what.
+pub struct Person {
+    kubeconfig: Option<PathBuf>,
+    home: tempfile::TempDir,
+}
+
+/// What a command said.
+pub struct Said {
+    pub good: bool,
+    pub out: String,
+    pub errors: String,
+}
+
+impl Said {
+    fn of(output: &Output) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Self {
+            good: output.status.success(),
+            out: text(&output.stdout),
+            errors: text(&output.stderr),
+        }
+    }
+
+    /// What it printed; a panic with its words if it failed.
+    pub fn unwrap(self) -> String {
+        assert!(self.good, "{}\n{}", self.out, self.errors);
+        self.out
+    }
+
+    /// What it complained of; a panic if it did not.
+    pub fn unwrap_err(self) -> String {
+        assert!(!self.good, "succeeded: {}", self.out);
+        self.errors
+    }
+}
+
+impl Person {
+    pub fn new(kubeconfig: Option<&Path>) -> Self {
+        Self {
+            kubeconfig: kubeconfig.map(Path::to_owned),
+            home: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn run(&self, program: &Path, arguments: &[&str], input: &str) -> Said {
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .env("HOME", self.home.path())
+            .env("XDG_CACHE_HOME", self.home.path())
+            .env_remove("KUBECONFIG")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        if let Some(kubeconfig) = &self.kubeconfig {
+            command.env("KUBECONFIG", kubeconfig);
+        }
+        let mut child = command.spawn().unwrap();
+        // A program that does not read its input may end before it is written.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        Said::of(&child.wait_with_output().unwrap())
+    }
+
+    /// helm, with values in YAML.
+    pub fn helm(&self, arguments: &[&str], values: &str) -> Said {
+        let file = self.home.path().join("values.yaml");
+        std::fs::write(&file, values).unwrap();
+        let mut all = arguments.to_vec();
+        let takes_values = matches!(
+            arguments.first(),
+            Some(&("install" | "upgrade" | "template" | "lint"))
+        );
+        if takes_values {
+            all.extend(["--values", file.to_str().unwrap()]);
+        }
+        self.run(&part("helm").unwrap(), &all, "")
+    }
+
+    pub fn kubectl(&self, arguments: &[&str], input: &str) -> Said {
+        self.run(&kubectl().unwrap(), arguments, input)
+    }
+
+    /// Objects as kubectl gives them.
+    pub fn get(&self, arguments: &[&str]) -> Vec<Value> {
+        let mut all = vec!["get", "-o", "json"];
+        all.extend(arguments);
+        let list: Value = serde_json::from_str(&self.kubectl(&all, "").unwrap()).unwrap();
+        match list.get("items").and_then(Value::as_array) {
+            Some(items) => items.clone(),
+            None => vec![list],
+        }
+    }
+}
+
+/// The objects of a manifest.
+pub fn objects(manifest: &str) -> Vec<Value> {
+    manifest
+        .split("\n---")
+        .map(|text| serde_yaml::from_str::<Value>(text.trim_start_matches("---")))
+        .map(Result::unwrap)
+        .filter(|object| object.is_object())
+        .collect()
+}
