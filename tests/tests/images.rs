@@ -1,0 +1,18 @@
+//! The images' own tests, which are in Python as what builds them is: see `manifests/images`.
+
+use std::path::Path;
+use std::process::Command;
+
+#[test]
+fn images_are_valid_and_the_same_twice() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = Command::new("python3")
+        .arg(root.join("images/test_images.py"))
+        .output()
+        .expect("python3 runs");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
