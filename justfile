@@ -59,3 +59,8 @@ bench-speculation MODEL RUNS="5":
 # Write what the kustomize base installs: the chart's default values, rendered
 manifests HELM="helm":
     {{HELM}} template freehold charts/freehold --namespace freehold-system --no-hooks --set crds.install=false > manifests/base/freehold.yaml
+
+# Perplexity of one text under Freehold and llama.cpp, for each kind of weights
+perplexity *ARGS:
+    cargo build --release --bin freehold
+    python3 tests/peers/perplexity.py {{ARGS}}

@@ -18,7 +18,7 @@ from llama_cpp import CACHE, tool
 
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", CACHE / "target"))
 FREEHOLD = Path(os.environ.get("FREEHOLD_BIN", TARGET / "release" / "freehold"))
-CHARACTERS, WINDOW = 84_000, 512
+CHARACTERS, WINDOW = 92_000, 512
 KINDS = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_1", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 
 

@@ -1,0 +1,111 @@
+"""Two promises beside llama-server: streams keep their pace while a long prompt is read, and a prompt that was read once
+costs little the second time.
+
+    python3 tests/peers/fairness.py [--rounds 3] [--prompt-words 2800]
+
+Pace: tokens a second of one stream while a prompt of about 4 thousand tokens is read, as a share of its pace before.
+Again: time to the first token of the same prompt of about 2 thousand tokens, as a share of the first time."""
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import models
+import run
+from llama_cpp import tool
+
+CONTEXT, SLOTS = 8192, 4
+WORDS = ("river", "stone", "lamp", "winter", "copper", "garden", "letter", "bridge", "orange", "harbour", "silver", "road")
+
+
+def freehold_command(folder, path, threads, port):
+    manifests = Path(folder) / "manifests"
+    manifests.mkdir()
+    (manifests / "bench.yaml").write_text(json.dumps({
+        "apiVersion": "freehold.dev/v1alpha1", "kind": "ModelDeployment",
+        "metadata": {"name": "bench", "namespace": "default"},
+        "spec": {"model": {"path": str(path)},
+                 "engine": {"contextLength": CONTEXT, "concurrency": SLOTS, "threads": threads}}}))
+    return [run.FREEHOLD, "up", "--data-dir", f"{folder}/data", "--manifests", manifests, "--listen", f"127.0.0.1:{port}",
+            "--api-listen", "127.0.0.1:0", "--node-name", "bench"]
+
+
+def peer_command(_folder, path, threads, port):
+    return [tool("llama-server"), "-m", path, "-t", str(threads), "-tb", str(threads), "-np", str(SLOTS), "-c",
+            str(SLOTS * CONTEXT), "--host", "127.0.0.1", "--port", str(port), "--no-webui", "-fa", "on", "--alias", "bench"]
+
+
+def prompt(words, seed):
+    """Text that is no other seed's."""
+    state, text = seed * 2654435761 % 2**32, []
+    for _ in range(words):
+        state = (1103515245 * state + 12345) % 2**31
+        text.append(f"{WORDS[state // 65536 % len(WORDS)]}{state // 1024 % 10}")
+    return " ".join(text)
+
+
+def stream(base_url, text, tokens):
+    """The times at which pieces of a completion come."""
+    body = {"model": "bench", "prompt": text, "max_tokens": tokens, "stream": True, "temperature": 1.0, "seed": 5,
+            "logit_bias": {"0": -100, "2": -100}}
+    request = urllib.request.Request(f"{base_url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    times = []
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                times.append(time.monotonic())
+    return times
+
+
+def first_token(base_url, text):
+    begun = time.monotonic()
+    return stream(base_url, text, 1)[0] - begun
+
+
+def measure(command, path, threads, words, seed):
+    port = run.free_port()
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        with run.Served(command(folder, path, threads, port), f"http://127.0.0.1:{port}/v1", "bench", log) as server:
+            server.wait(log)
+            found = []
+            thread = threading.Thread(target=lambda: found.extend(stream(server.base_url, "Once upon a time", 900)))
+            thread.start()
+            time.sleep(1.5)
+            begun = time.monotonic()
+            reading = first_token(server.base_url, prompt(words, seed))
+            ended = begun + reading
+            thread.join()
+            before = [moment for moment in found if begun - 1 <= moment < begun]
+            during = [moment for moment in found if begun <= moment < ended]
+            longest = max((b - a for a, b in zip(during, during[1:])), default=reading)
+            text = prompt(words // 2, seed + 1000)
+            once, again = first_token(server.base_url, text), first_token(server.base_url, text)
+    return {"pace before, pieces/s": float(len(before)), "pace while a prompt is read, share": len(during) / reading / max(len(before), 1),
+            "longest pause of the stream, ms": longest * 1000, "reading the long prompt, ms": reading * 1000,
+            "half of it, first time, ms": once * 1000, "the same again, share": again / once}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt-words", type=int, default=1300)
+    arguments = parser.parse_args()
+    path = models.provide()["SmolLM2-135M Q4_1"]
+    samples = {"Freehold": [], "llama-server": []}
+    for number in range(arguments.rounds):
+        for who, command in (("Freehold", freehold_command), ("llama-server", peer_command)):
+            samples[who].append(measure(command, path, arguments.threads, arguments.prompt_words, number + 1))
+    print("| figure | Freehold | llama-server |\n|---|--:|--:|")
+    for figure in samples["Freehold"][0]:
+        ours, theirs = (statistics.median(sample[figure] for sample in samples[who]) for who in samples)
+        print(f"| {figure} | {ours:.3g} | {theirs:.3g} |")
+
+
+if __name__ == "__main__":
+    main()
