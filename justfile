@@ -56,6 +56,10 @@ soak SECONDS="1800":
 bench-speculation MODEL RUNS="5":
     cargo run --release -p freehold-engine --example bench_speculation -- {{MODEL}} {{RUNS}}
 
+# What following a schema costs while decoding
+bench-constrained MODEL RUNS="5":
+    cargo run --release -p freehold-engine --example bench_constrained -- {{MODEL}} {{RUNS}}
+
 # Write what the kustomize base installs: the chart's default values, rendered
 manifests HELM="helm":
     {{HELM}} template freehold charts/freehold --namespace freehold-system --no-hooks --set crds.install=false > manifests/base/freehold.yaml

@@ -20,6 +20,12 @@ const SOURCE_LIMIT: usize = 256 << 10;
 /// Longest message of a refusal, in characters.
 const MESSAGE_LIMIT: usize = 400;
 
+/// What may stand in a schema; annotations are ignored.
+const SCHEMAS: &str = "a JSON schema that some value satisfies, of type, enum, const, anyOf, allOf, oneOf of what \
+    excludes each other, $ref within it, items, prefixItems, minItems, maxItems, properties, additionalProperties, \
+    patternProperties, required, minProperties, maxProperties, minLength, maxLength, pattern, format, minimum, \
+    maximum, exclusiveMinimum, exclusiveMaximum and multipleOf";
+
 /// What an answer must be.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Constraint {
@@ -116,10 +122,50 @@ impl Grammars {
             .chars()
             .take(MESSAGE_LIMIT)
             .collect();
+        let (place, allowed) = match constraint {
+            Constraint::JsonObject => (None, SCHEMAS),
+            Constraint::JsonSchema(schema) => (place(schema, &problem, "#"), SCHEMAS),
+            Constraint::Regex(_) => (
+                None,
+                "a regular expression of Rust's syntax that some text satisfies",
+            ),
+            Constraint::Lark(_) => (
+                None,
+                "a grammar in llguidance's form of Lark that some text satisfies",
+            ),
+        };
+        let place: String = place
+            .map(|place| format!(" at {place}"))
+            .unwrap_or_default()
+            .chars()
+            .take(MESSAGE_LIMIT)
+            .collect();
         Err(refuse(
-            format!("a constraint that cannot be followed ({problem})"),
-            "a JSON schema, regular expression or Lark grammar that some text satisfies",
+            format!("a constraint that cannot be followed{place} ({problem})"),
+            allowed,
         ))
+    }
+}
+
+/// Where in a schema the fault is: the compiler names the keyword or the value, and not its place.
+fn place(schema: &Value, problem: &str, path: &str) -> Option<String> {
+    let step = |name: &str| format!("{path}/{}", name.replace('~', "~0").replace('/', "~1"));
+    match schema {
+        Value::Object(fields) => fields.iter().find_map(|(name, value)| {
+            let told = problem.contains(&format!("\"{name}\"")) || problem.contains(&format!("'{name}'"));
+            let value_told = value
+                .as_str()
+                .is_some_and(|value| problem.ends_with(&format!(": {value}")));
+            if told || value_told {
+                return Some(step(name));
+            }
+            place(value, problem, &step(name))
+        }),
+        Value::Array(values) => values
+            .iter()
+            .enumerate()
+            .find_map(|(index, value)| place(value, problem, &step(&index.to_string()))),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => None,
     }
 }
 

@@ -196,6 +196,8 @@ impl Sampler {
         let mut ranked: Vec<(u32, f32)> = logits
             .iter()
             .enumerate()
+            // What a grammar took out is no alternative, and minus infinity is no number in JSON.
+            .filter(|(_, logit)| logit.is_finite())
             .map(|(token, &logit)| (token as u32, logit))
             .collect();
         let count = (count as usize).min(ranked.len());
@@ -375,6 +377,27 @@ mod tests {
         assert_eq!(sampled.top.len(), 2);
         assert_eq!(sampled.logprob, Some(sampled.top[0].1));
         assert!((sampled.top[0].1 - -0.407_606).abs() < 1e-4, "{sampled:?}");
+    }
+
+    #[test]
+    fn what_a_grammar_took_out_is_never_chosen_and_no_alternative() {
+        let params = SamplingParams {
+            temperature: 2.0,
+            repetition_penalty: 1.5,
+            frequency_penalty: -2.0,
+            logit_bias: vec![(0, 100.0), (3, 100.0)],
+            logprobs: Some(4),
+            seed: Some(1),
+            ..SamplingParams::default()
+        };
+        let mut sampler = Sampler::new(params, &[0, 1, 2, 3]);
+        for _ in 0..200 {
+            let mut logits = [f32::NEG_INFINITY, 1.0, 2.0, f32::NEG_INFINITY];
+            let sampled = sampler.sample(&mut logits);
+            assert!([1, 2].contains(&sampled.token), "{sampled:?}");
+            assert_eq!(sampled.top.len(), 2, "{sampled:?}");
+            assert!(sampled.logprob.unwrap().is_finite());
+        }
     }
 
     #[test]

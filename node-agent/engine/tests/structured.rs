@@ -5,7 +5,9 @@ mod common;
 
 use common::ask::{answer, ask, request, tokens};
 use common::{SMOLLM2, model};
-use freehold_engine::{Constraint, Engine, EngineOptions, FinishReason, GenerateRequest, Reject};
+use freehold_engine::{
+    Constraint, Engine, EngineOptions, FinishReason, GenerateRequest, Reject, TokenLogprob,
+};
 use serde_json::{Value, json};
 
 fn engine() -> Engine {
@@ -80,6 +82,14 @@ fn schemas() -> Vec<Value> {
             json!(["\u{fc}ml\u{e4}ut"]),
         ),
         json!({"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 0}),
+        // As a demanded call of a tool whose parameters have definitions of their own.
+        json!({"anyOf": [object(
+            json!({"name": {"const": "go"}, "arguments": {
+                "type": "object", "additionalProperties": false, "required": ["to"],
+                "properties": {"to": {"$ref": "#/anyOf/0/properties/arguments/$defs/city"}},
+                "$defs": {"city": {"enum": ["Paris", "Rome"]}}}}),
+            json!(["name", "arguments"]),
+        )]}),
         object(
             json!({"city": {"enum": ["Paris", "Rome"]}, "unit": {"enum": ["C", "F"]}}),
             json!(["city", "unit"]),
@@ -98,6 +108,7 @@ fn every_answer_is_what_its_schema_allows() {
             let mut request = constrained(&engine, &text, Constraint::JsonSchema(schema.clone()));
             request.sampling.temperature = temperature;
             request.sampling.seed = Some(index as u64);
+            request.sampling.logprobs = Some(5);
             let found = answer(&engine, request);
             assert_eq!(
                 found.finished.reason,
@@ -105,6 +116,10 @@ fn every_answer_is_what_its_schema_allows() {
                 "{schema}: {:?}",
                 found.text
             );
+            let finite = |token: &TokenLogprob| {
+                token.logprob.is_finite() && token.top.iter().all(|top| top.logprob.is_finite())
+            };
+            assert!(found.tokens.iter().all(finite), "{schema}: {:?}", found.tokens);
             let value: Value = serde_json::from_str(&found.text)
                 .unwrap_or_else(|error| panic!("{schema}: {:?}: {error}", found.text));
             let valid = jsonschema::validate(schema, &value);
@@ -186,4 +201,39 @@ fn what_cannot_be_followed_is_refused_by_name() {
             .completion_tokens,
         3
     );
+}
+
+#[test]
+fn a_fault_in_a_schema_is_told_with_its_place() {
+    let engine = engine();
+    for (schema, place) in [
+        (
+            json!({"type": "object", "properties": {"a/b": {"not": {"type": "null"}}}}),
+            "#/properties/a~1b/not",
+        ),
+        (
+            json!({"items": {"type": "text"}, "type": "array"}),
+            "#/items/type",
+        ),
+        (
+            json!({"anyOf": [{"type": "null"}, {"type": "string", "minLength": -1}]}),
+            "#/anyOf/1/minLength",
+        ),
+        (json!({"type": "array", "uniqueItems": true}), "#/uniqueItems"),
+        (
+            json!({"properties": {"when": {"type": "string", "format": "moon"}}}),
+            "#/properties/when/format",
+        ),
+    ] {
+        let refused = ask(
+            &engine,
+            constrained(&engine, "x", Constraint::JsonSchema(schema.clone())),
+        )
+        .err();
+        let Some(Reject::InvalidRequest { found, allowed, .. }) = refused else {
+            panic!("{schema}: {refused:?}");
+        };
+        assert!(found.contains(&format!(" at {place} (")), "{schema}: {found}");
+        assert!(allowed.contains("patternProperties"), "{allowed}");
+    }
 }

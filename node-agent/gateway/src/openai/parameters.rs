@@ -17,7 +17,7 @@ const STOP_BYTES_LIMIT: usize = 1024;
 const BIASES_LIMIT: usize = 1024;
 
 /// Fields of OpenAI's API that change nothing here: bookkeeping of its service, or hints.
-const WITHOUT_EFFECT: [&str; 10] = [
+const WITHOUT_EFFECT: [&str; 9] = [
     "user",
     "metadata",
     "store",
@@ -25,7 +25,6 @@ const WITHOUT_EFFECT: [&str; 10] = [
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
-    "parallel_tool_calls",
     "reasoning_effort",
     "verbosity",
 ];

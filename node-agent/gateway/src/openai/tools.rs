@@ -1,8 +1,8 @@
 //! Tool calls: what a request offers, and finding calls in what a model writes.
 //!
 //! Families write calls in their own ways: `<tool_call>{…}</tool_call>` (Hermes, Qwen, SmolLM, Granite 4), or
-//! an answer that is nothing but JSON, one object or a list, with or without a marker before it (Llama 3,
-//! Mistral, Granite 3, Phi). Both are found in any answer to a request with tools; markers that are control
+//! an answer that is nothing but JSON, one object, several or a list, with or without a marker before it (Llama
+//! 3, Mistral, Granite 3, Phi), or a name with its arguments after it (newer Mistral). All are found in any answer to a request with tools; markers that are control
 //! tokens never reach this place. What reads like a call and is none stays text: nothing is lost.
 
 use serde_json::{Map, Value, json};
@@ -21,6 +21,8 @@ const MARKERS: [&str; 5] = [
     "```json",
     "```",
 ];
+/// What newer Mistral models write between a name and its arguments.
+const ARGUMENTS: &str = "[ARGS]";
 const TOOLS_LIMIT: usize = 128;
 
 /// What a request offers and asks for.
@@ -29,7 +31,9 @@ pub(crate) struct Tools {
     /// As the chat template gets them.
     pub(crate) offered: Option<Value>,
     names: Vec<String>,
-    /// What the answer must be, where a call is demanded.
+    /// Whether an answer may hold more than one call.
+    several: bool,
+    /// What the answer must be, where a call is demanded: one call.
     pub(crate) constraint: Option<ConstraintInput>,
 }
 
@@ -70,6 +74,7 @@ impl Tools {
                 None => return Err(ApiError::invalid(&path, format!("{path} is missing"))),
             }
         }
+        let several = fields.boolean("parallel_tool_calls")?.unwrap_or(true);
         let forced = match fields.take("tool_choice") {
             None => Vec::new(),
             Some(Value::String(choice)) if choice == "auto" => Vec::new(),
@@ -93,10 +98,11 @@ impl Tools {
             return Ok(Self::default());
         }
         let constraint = (!forced.is_empty()).then(|| ConstraintInput::JsonSchema {
-            schema: json!({"anyOf": forced.into_iter().map(call_schema).collect::<Vec<_>>()}),
+            schema: json!({"anyOf": forced.into_iter().enumerate().map(call_schema).collect::<Vec<_>>()}),
         });
         Ok(Self {
             names,
+            several,
             offered: Some(Value::Array(offered)),
             constraint,
         })
@@ -106,6 +112,7 @@ impl Tools {
     pub(crate) fn parser(&self) -> Option<ToolParser> {
         (!self.names.is_empty()).then(|| ToolParser {
             names: self.names.clone(),
+            several: self.several,
             state: State::Start,
             held: String::new(),
             calls: 0,
@@ -134,20 +141,56 @@ fn named<'a>(choice: &Map<String, Value>, offered: &'a [Value]) -> Result<&'a Va
         })
 }
 
-/// What a call of this tool looks like.
-fn call_schema(tool: &Value) -> Value {
+/// What a call of this tool looks like, where it is the `index`th of those that are demanded.
+fn call_schema((index, tool): (usize, &Value)) -> Value {
     let parameters = tool
         .pointer("/function/parameters")
         .filter(|parameters| parameters.is_object());
+    let arguments = parameters.map_or_else(
+        || json!({"type": "object"}),
+        |parameters| {
+            let mut parameters = parameters.clone();
+            // A schema with a name of its own is what its references begin at, wherever it stands.
+            if parameters.get("$id").is_none() {
+                rebase(&mut parameters, &format!("#/anyOf/{index}/properties/arguments"));
+            }
+            if let Value::Object(fields) = &mut parameters {
+                fields.shift_remove("$schema");
+            }
+            parameters
+        },
+    );
     json!({
         "type": "object",
         "properties": {
             "name": {"const": tool.pointer("/function/name")},
-            "arguments": parameters.cloned().unwrap_or_else(|| json!({"type": "object"})),
+            "arguments": arguments,
         },
         "required": ["name", "arguments"],
         "additionalProperties": false,
     })
+}
+
+/// Lets references from the root of a schema, such as `#/$defs/city`, begin at `root`, where it stands now.
+fn rebase(schema: &mut Value, root: &str) {
+    match schema {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                match value {
+                    Value::String(reference) if name == "$ref" => {
+                        if let Some(path) = reference.strip_prefix('#')
+                            && (path.is_empty() || path.starts_with('/'))
+                        {
+                            *reference = format!("{root}{path}");
+                        }
+                    }
+                    value => rebase(value, root),
+                }
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(|value| rebase(value, root)),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +209,7 @@ enum State {
 #[derive(Clone, Debug)]
 pub(crate) struct ToolParser {
     names: Vec<String>,
+    several: bool,
     state: State,
     /// What is not decided yet.
     held: String,
@@ -205,7 +249,12 @@ impl ToolParser {
         self.calls > 0
     }
 
-    fn found(&mut self, calls: Vec<Call>) -> Vec<Piece> {
+    /// Counts calls. Where one is allowed, those after it are dropped: a client that asks for one does not
+    /// look for more.
+    fn found(&mut self, mut calls: Vec<Call>) -> Vec<Piece> {
+        if !self.several {
+            calls.truncate(1_usize.saturating_sub(self.calls));
+        }
         self.calls += calls.len();
         calls.into_iter().map(Piece::Call).collect()
     }
@@ -219,9 +268,28 @@ impl ToolParser {
                     return false;
                 }
                 let may_become = |marker: &str| marker.starts_with(begin) && marker != begin;
-                if begin.starts_with(['{', '[']) || MARKERS.iter().any(|marker| begin.starts_with(marker)) {
+                // A name with the beginning of arguments after it, or what may become one.
+                let named = |opening: &str| {
+                    let judged =
+                        self.names
+                            .iter()
+                            .filter_map(|name| match begin.strip_prefix(name.as_str()) {
+                                Some(after) if after.starts_with(opening) => Some(true),
+                                Some(after) => opening.starts_with(after).then_some(false),
+                                None => name.starts_with(begin).then_some(false),
+                            });
+                    judged.max()
+                };
+                let named = named("{").max(named(ARGUMENTS));
+                if begin.starts_with(['{', '['])
+                    || MARKERS.iter().any(|marker| begin.starts_with(marker))
+                    || named == Some(true)
+                {
                     self.state = State::Whole;
-                } else if MARKERS.iter().any(|marker| may_become(marker)) || may_become(OPEN) {
+                } else if MARKERS.iter().any(|marker| may_become(marker))
+                    || may_become(OPEN)
+                    || named.is_some()
+                {
                     return false;
                 } else {
                     self.state = State::Text;
@@ -274,11 +342,49 @@ impl ToolParser {
             text = text.strip_prefix(marker).unwrap_or(text).trim();
         }
         text = text.strip_suffix("```").unwrap_or(text).trim();
-        match serde_json::from_str(text).ok()? {
-            Value::Array(calls) if !calls.is_empty() => calls.iter().map(|call| self.call(call)).collect(),
-            one @ Value::Object(_) => Some(vec![self.call(&one)?]),
-            _ => None,
+        match serde_json::from_str(text) {
+            Ok(Value::Array(calls)) if !calls.is_empty() => {
+                calls.iter().map(|call| self.call(call)).collect()
+            }
+            Ok(one @ Value::Object(_)) => Some(vec![self.call(&one)?]),
+            Ok(_) => None,
+            Err(_) => self.series(text),
         }
+    }
+
+    /// Calls one after the other: objects, or names with their arguments.
+    fn series(&self, text: &str) -> Option<Vec<Call>> {
+        let mut rest = text;
+        let mut calls = Vec::new();
+        while !rest.is_empty() {
+            rest = rest.strip_prefix("[TOOL_CALLS]").unwrap_or(rest).trim_start();
+            // The longest name: one may begin with another.
+            let named = self
+                .names
+                .iter()
+                .filter_map(|name| {
+                    let after = rest.strip_prefix(name.as_str())?;
+                    let after = after.strip_prefix(ARGUMENTS).unwrap_or(after);
+                    after.starts_with('{').then_some((name, after))
+                })
+                .max_by_key(|(name, _)| name.len());
+            if let Some((_, after)) = named {
+                rest = after;
+            }
+            let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
+            let value = values.next()?.ok()?;
+            rest = rest.get(values.byte_offset()..)?.trim_start();
+            rest = rest.strip_prefix([';', ',']).unwrap_or(rest).trim_start();
+            calls.push(match (named, value) {
+                (Some((name, _)), arguments @ Value::Object(_)) => Call {
+                    name: name.clone(),
+                    arguments: arguments.to_string(),
+                },
+                (Some(_), _) => return None,
+                (None, value) => self.call(&value)?,
+            });
+        }
+        (!calls.is_empty()).then_some(calls)
     }
 
     fn call(&self, call: &Value) -> Option<Call> {
@@ -402,6 +508,19 @@ mod tests {
                 r#"{"type": "function", "function": {"name": "clock", "arguments": {}}}"#.to_owned(),
                 vec![call("clock", "{}")],
             ),
+            (
+                r#"{"name": "weather", "parameters": {"city": "Paris"}}; {"name": "clock", "parameters": {}}"#
+                    .to_owned(),
+                vec![paris.clone(), call("clock", "{}")],
+            ),
+            (
+                r#"weather{"city": "Paris"}clock{}"#.to_owned(),
+                vec![paris.clone(), call("clock", "{}")],
+            ),
+            (
+                r#"[TOOL_CALLS]weather[ARGS]{"city": "Paris"}[TOOL_CALLS]clock[ARGS]{}"#.to_owned(),
+                vec![paris.clone(), call("clock", "{}")],
+            ),
         ] {
             for size in [1, 2, 3, 7, 1000] {
                 assert_eq!(read(&answer, size), expected, "{answer:?} by {size}");
@@ -422,6 +541,12 @@ mod tests {
             "a < b and <tool_",
             "<|python_tag|>print(1)",
             "ends with space \n ",
+            "weather is what it is",
+            "clock",
+            "clock[ARGS]",
+            "weather{\"city\": ",
+            "clock{} and more",
+            "{\"name\": \"clock\"} and more",
         ] {
             let expected = if answer.is_empty() {
                 vec![]
@@ -432,6 +557,43 @@ mod tests {
                 assert_eq!(read(answer, size), expected, "{answer:?} by {size}");
             }
         }
+    }
+
+    #[test]
+    fn one_call_is_given_where_one_is_allowed() {
+        let body = json!({"tools": tools().offered, "parallel_tool_calls": false});
+        let mut parser = Tools::take(&mut Fields::of(body, "").unwrap())
+            .unwrap()
+            .parser()
+            .unwrap();
+        let block = "<tool_call>{\"name\": \"clock\"}</tool_call>";
+        let mut found = parser.push(&format!("{block}{block}"));
+        found.extend(parser.push("[{\"name\": \"clock\"}]"));
+        found.extend(parser.finish());
+        let calls = found.iter().filter(|piece| matches!(piece, Piece::Call(_)));
+        assert_eq!(calls.count(), 1, "{found:?}");
+        assert!(parser.called());
+    }
+
+    #[test]
+    fn references_within_parameters_still_lead_there() {
+        let parameters = json!({
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "type": "object",
+            "properties": {"from": {"$ref": "#/$defs/city"}, "again": {"$ref": "#"}, "$ref": {"type": "null"}},
+            "$defs": {"city": {"enum": ["Paris"]}},
+        });
+        let tool = json!({"function": {"name": "go", "parameters": parameters}});
+        let schema = json!({"anyOf": [call_schema((0, &json!({}))), call_schema((1, &tool))]});
+        let arguments = &schema["anyOf"][1]["properties"]["arguments"];
+        let target = |name: &str| {
+            let reference = arguments["properties"][name]["$ref"].as_str().unwrap();
+            schema.pointer(reference.strip_prefix('#').unwrap()).unwrap()
+        };
+        assert_eq!(target("from"), &json!({"enum": ["Paris"]}));
+        assert_eq!(target("again"), arguments);
+        assert_eq!(arguments["properties"]["$ref"], json!({"type": "null"}));
+        assert!(arguments.get("$schema").is_none());
     }
 
     #[test]
@@ -461,7 +623,8 @@ mod tests {
         #[test]
         fn nothing_is_lost(parts in prop::collection::vec(prop_oneof![
             Just("<tool_call>".to_owned()), Just("</tool_call>".to_owned()), Just("{\"name\": \"clock\"}".to_owned()),
-            Just(" \n".to_owned()), "[a-z<>{}\\[\\]|`é]{0,6}"], 0..8), size in 1_usize..9)
+            Just(" \n".to_owned()), Just("clock".to_owned()), Just("[ARGS]".to_owned()), Just("{}".to_owned()),
+            "[a-z<>{}\\[\\]|`é]{0,6}"], 0..8), size in 1_usize..9)
         {
             let answer = parts.concat();
             let found = read(&answer, size);
