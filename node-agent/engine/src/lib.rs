@@ -9,6 +9,7 @@
 //! Synchronous inside: one thread computes, callers hand in a sink. Start reading at [`Engine`]; the
 //! forward pass is in `model/decoder.rs`, batching in `scheduler`.
 
+mod device;
 mod engine;
 mod error;
 pub mod gguf;
