@@ -10,6 +10,7 @@
 //! forward pass is in `model/decoder.rs`, batching in `scheduler`.
 
 mod constrain;
+mod device;
 mod engine;
 mod error;
 pub mod gguf;

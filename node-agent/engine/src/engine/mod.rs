@@ -11,15 +11,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use serde_json::Value;
-use tracing::info;
 
 use crate::constrain::Grammars;
+use crate::device::{self, Beginning};
 use crate::gguf::GgufFile;
 use crate::inspect::{ModelFacts, ModelKind, gguf_facts};
 use crate::kernels::attention::BLOCK_TOKENS;
-use crate::kernels::{Compute, WeightPrecision, available_threads};
-use crate::kv::{BlockTable, KvCache, blocks_for};
-use crate::model::{Decoder, DecoderConfig, Encoder, EncoderConfig, Row};
+use crate::kv::blocks_for;
+use crate::model::{DecoderConfig, Encoder, EncoderConfig};
 use crate::scheduler::{Job, Scheduler};
 use crate::template::ChatTemplate;
 use crate::tokenizer::{Special, Tokenizer};
@@ -52,6 +51,7 @@ struct Inner {
     tokenizer: Arc<Tokenizer>,
     task: Task,
     counters: Arc<Counters>,
+    device: DeviceChoice,
     device_reason: Option<String>,
 }
 
@@ -79,24 +79,17 @@ impl Engine {
         options: &EngineOptions,
         progress: impl FnMut(LoadProgress),
     ) -> Result<Self, LoadModel> {
-        let device_reason = match options.device {
-            DeviceChoice::Auto | DeviceChoice::Cpu => None,
-            other => Some(format!(
-                "{other:?} was asked for; this version computes on the CPU only"
-            )),
-        };
         if path.is_dir() {
-            Self::load_encoder(path, options, device_reason)
+            Self::load_encoder(path, options)
         } else {
-            Self::load_decoder(path, options, device_reason, progress)
+            Self::load_decoder(path, options, progress)
         }
     }
 
     fn load_decoder(
         path: &Path,
         options: &EngineOptions,
-        device_reason: Option<String>,
-        mut progress: impl FnMut(LoadProgress),
+        progress: impl FnMut(LoadProgress),
     ) -> Result<Self, LoadModel> {
         let file = GgufFile::open(path)?;
         let facts = gguf_facts(&file)?;
@@ -111,24 +104,6 @@ impl Engine {
             )
             .into());
         }
-        let threads = options
-            .threads
-            .map_or_else(available_threads, |n| n.max(1) as usize);
-        let compute = Compute::new(threads).map_err(LoadModel::StartThread)?;
-        info!(threads, kernels = compute.dispatch.name(), "Computes on the CPU");
-        let precision = if options.exact {
-            WeightPrecision::Float
-        } else {
-            WeightPrecision::Native
-        };
-        let mut decoder = Decoder::load(&file, config, compute, precision, |layers_done, layers_total| {
-            progress(LoadProgress {
-                layers_done,
-                layers_total,
-            });
-        })?;
-        // Everything is copied out: the file's pages leave this process's memory.
-        drop(file);
         let context_length = context_length(options, facts.context_length)?;
         let sequences = options.max_sequences.max(1) as usize;
         let capacity = kv_blocks(options, sequences, context_length)?;
@@ -136,14 +111,22 @@ impl Engine {
             .prefix_tokens
             .map_or(context_length, |tokens| tokens as usize)
             / BLOCK_TOKENS;
-        let mut cache = KvCache::new(decoder.kv_shape(), options.kv_type, capacity, keep);
-        first_pass(&mut decoder, &tokenizer, &mut cache)?;
+        let beginning = Beginning {
+            file: &file,
+            config,
+            options,
+            blocks: (capacity, keep),
+            token: tokenizer.bos().unwrap_or(0),
+        };
+        let begun = device::begin(&beginning, progress)?;
+        // Everything is copied out: the file's pages leave this process's memory.
+        drop(file);
         let (jobs, receiver) = channel();
         let counters = Arc::new(Counters::default());
         let scheduler = Scheduler::new(
-            decoder,
+            begun.runner,
             Arc::clone(&tokenizer),
-            cache,
+            begun.cache,
             receiver,
             Arc::clone(&counters),
             sequences,
@@ -167,16 +150,13 @@ impl Engine {
                 tokenizer,
                 task,
                 counters,
-                device_reason,
+                device: begun.device,
+                device_reason: begun.reason,
             }),
         })
     }
 
-    fn load_encoder(
-        folder: &Path,
-        options: &EngineOptions,
-        device_reason: Option<String>,
-    ) -> Result<Self, LoadModel> {
+    fn load_encoder(folder: &Path, options: &EngineOptions) -> Result<Self, LoadModel> {
         let config = EncoderConfig::open(folder)?;
         let facts = config.facts(folder)?;
         let tokenizer =
@@ -204,7 +184,8 @@ impl Engine {
                 tokenizer: Arc::new(tokenizer),
                 task,
                 counters: Arc::default(),
-                device_reason,
+                device: DeviceChoice::Cpu,
+                device_reason: device::encoder_reason(options.device),
             }),
         })
     }
@@ -218,7 +199,7 @@ impl Engine {
     /// The device in use.
     #[must_use]
     pub fn device(&self) -> DeviceChoice {
-        DeviceChoice::Cpu
+        self.inner.device
     }
 
     /// Why that is not the device that was asked for.
@@ -529,32 +510,4 @@ fn kv_blocks(options: &EngineOptions, sequences: usize, context_length: usize) -
         });
     }
     Ok(blocks.min(sequences * one))
-}
-
-/// One real step: a model that cannot answer is found out before it takes requests.
-fn first_pass(decoder: &mut Decoder, tokenizer: &Tokenizer, cache: &mut KvCache) -> Result<(), LoadModel> {
-    let mut table = BlockTable::default();
-    let token = tokenizer
-        .bos()
-        .unwrap_or(0)
-        .min(decoder.config().vocab_size as u32 - 1);
-    if !cache.reserve(&mut table, 1) {
-        return Err(LoadModel::InvalidOption {
-            field: "context_length",
-            found: "without room for one token".to_owned(),
-            allowed: "more".to_owned(),
-        });
-    }
-    let row = Row {
-        token,
-        position: 0,
-        sequence: 0,
-        wants_logits: true,
-    };
-    let finite = decoder
-        .forward(&[row], &[&table], cache)
-        .iter()
-        .all(|x| x.is_finite());
-    cache.release(&mut table);
-    finite.then_some(()).ok_or(LoadModel::NotANumber)
 }

@@ -49,6 +49,8 @@ pub struct EngineOptions {
     pub threads: Option<u32>,
     /// Computes with 32-bit floats throughout, whatever the file holds: slow and large, for checking.
     pub exact: bool,
+    /// Computes by candle's tensors on the CPU, as it is done on GPUs: slow, for checking that code.
+    pub through_candle: bool,
 }
 
 impl Default for EngineOptions {
@@ -64,6 +66,7 @@ impl Default for EngineOptions {
             speculate: true,
             threads: None,
             exact: false,
+            through_candle: false,
         }
     }
 }

@@ -18,7 +18,8 @@ pub(crate) use prefix::common_prefix;
 /// The blocks of all sequences.
 pub(crate) struct KvCache {
     shape: KvShape,
-    kv_type: KvType,
+    /// None: the numbers lie on a device, and only who has which block is kept here.
+    kv_type: Option<KvType>,
     blocks: Vec<Option<Block>>,
     /// Sequences that use each block.
     users: Vec<u32>,
@@ -50,6 +51,12 @@ impl BlockTable {
         }
     }
 
+    /// Where the token at a position lies: its block's number, and the token in it.
+    pub(crate) fn place(&self, position: usize) -> u32 {
+        let (block, token) = (position / BLOCK_TOKENS, position % BLOCK_TOKENS);
+        self.blocks[block] * BLOCK_TOKENS as u32 + token as u32
+    }
+
     pub(crate) fn scope(&self) -> u64 {
         self.scope
     }
@@ -70,7 +77,7 @@ impl KvCache {
     pub(crate) fn new(shape: KvShape, kv_type: KvType, capacity_blocks: usize, keep_blocks: usize) -> Self {
         Self {
             shape,
-            kv_type,
+            kv_type: Some(kv_type),
             blocks: (0..capacity_blocks).map(|_| None).collect(),
             users: vec![0; capacity_blocks],
             // Low numbers first, so that the blocks that have memory are used again first.
@@ -78,6 +85,19 @@ impl KvCache {
             prefixes: Prefixes::default(),
             kept: 0,
             keep_blocks,
+        }
+    }
+
+    /// A cache whose numbers lie on a device. Whole blocks are shared as ever; the beginning of a block is not.
+    pub(crate) fn of_blocks_elsewhere(capacity_blocks: usize, keep_blocks: usize) -> Self {
+        let shape = KvShape {
+            layers: 0,
+            kv_heads: 0,
+            head_dim: 0,
+        };
+        Self {
+            kv_type: None,
+            ..Self::new(shape, KvType::F16, capacity_blocks, keep_blocks)
         }
     }
 
@@ -110,8 +130,8 @@ impl KvCache {
         }
         let block = self.free.pop()?;
         let place = &mut self.blocks[block as usize];
-        if place.is_none() {
-            *place = Some(Block::new(&self.shape, self.kv_type));
+        if let (None, Some(kv_type)) = (&place, self.kv_type) {
+            *place = Some(Block::new(&self.shape, kv_type));
         }
         self.users[block as usize] = 1;
         Some(block)

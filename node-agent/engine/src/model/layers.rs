@@ -74,13 +74,13 @@ impl RmsNorm {
 
 /// Sines and cosines for the positions of one step, `[rows, dimensions / 2]`. Computed for each step:
 /// a table over the whole context would take gigabytes for long ones.
-pub(super) struct Rotations {
-    pub(super) cos: Vec<f32>,
-    pub(super) sin: Vec<f32>,
+pub(crate) struct Rotations {
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
 }
 
 impl Rotations {
-    pub(super) fn new(
+    pub(crate) fn new(
         positions: impl Iterator<Item = usize>,
         dimensions: usize,
         base: f32,

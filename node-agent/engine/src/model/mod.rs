@@ -6,5 +6,6 @@ mod decoder;
 mod layers;
 
 pub(crate) use bert::{Encoder, EncoderConfig, TOKENIZER, read_bounded};
-pub(crate) use config::DecoderConfig;
+pub(crate) use config::{Activation, DecoderConfig, RopePairs};
 pub(crate) use decoder::{Decoder, Row};
+pub(crate) use layers::Rotations;

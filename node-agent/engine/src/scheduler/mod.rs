@@ -25,10 +25,10 @@ use std::time::Instant;
 use tracing::{debug, error};
 
 use crate::constrain::Guide;
+use crate::device::Runner;
 use crate::engine::{Counters, FinishReason, Sink, StepCount};
 use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kv::{BlockTable, KvCache, common_prefix};
-use crate::model::Decoder;
 use crate::tokenizer::Tokenizer;
 use pace::{Pace, shares};
 use sequence::Sequence;
@@ -58,7 +58,7 @@ pub(crate) struct Job {
 
 /// The thread's state.
 pub(crate) struct Scheduler {
-    decoder: Decoder,
+    decoder: Runner,
     tokenizer: Arc<Tokenizer>,
     cache: KvCache,
     jobs: Receiver<Job>,
@@ -72,7 +72,7 @@ pub(crate) struct Scheduler {
 
 impl Scheduler {
     pub(crate) fn new(
-        decoder: Decoder,
+        decoder: Runner,
         tokenizer: Arc<Tokenizer>,
         cache: KvCache,
         jobs: Receiver<Job>,
@@ -274,10 +274,10 @@ impl Scheduler {
         let tables: Vec<&BlockTable> = self.running.iter().map(|sequence| &sequence.table).collect();
         let (decoder, cache, rows) = (&mut self.decoder, &mut self.cache, rows.as_slice());
         // A broken assertion in a kernel ends the answers under way, and not the worker.
-        let forward = AssertUnwindSafe(|| {
-            decoder.forward(rows, &tables, cache);
-        });
-        catch_unwind(forward).map_err(|_| "a kernel stopped at an assertion".to_owned())?;
+        let forward = AssertUnwindSafe(|| decoder.forward(rows, &tables, cache));
+        catch_unwind(forward)
+            .map_err(|_| "a kernel stopped at an assertion".to_owned())?
+            .map_err(|error| format!("the device failed: {error}"))?;
         let vocab_size = self.decoder.config().vocab_size.max(1);
         let mut logits = self.decoder.logits().chunks_exact_mut(vocab_size);
         let mut finished = Vec::new();
