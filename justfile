@@ -21,6 +21,14 @@ lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets
 
+# That the code for NVIDIA GPUs compiles: fetches CUDA's compiler from PyPI (1.2 GiB) where it is not yet there
+check-cuda *ARGS:
+    tests/cuda/with-toolkit.sh cargo check -p freehold-engine -p freehold-node-agent --features freehold-engine/cuda,freehold-node-agent/cuda {{ARGS}}
+
+# The agent whose workers run on NVIDIA GPUs (for --gpu-worker); runs where a driver and CUDA 13's libraries are
+build-cuda:
+    tests/cuda/with-toolkit.sh cargo build --release -p freehold-node-agent --features cuda --target-dir target/cuda
+
 # Licences, advisories, sources and doubles of the dependencies
 deny:
     cargo deny --version || cargo install --locked cargo-deny

@@ -93,6 +93,16 @@ impl AllInOne {
         if let Ok(endpoint) = std::env::var("HF_ENDPOINT") {
             config.store.hub_endpoint = endpoint.trim_end_matches('/').to_owned();
         }
+        config.gpu_worker = std::env::var_os("FREEHOLD_GPU_WORKER").map(Into::into);
+        if let Ok(price) = std::env::var("FREEHOLD_ENERGY_PRICE") {
+            let currency = std::env::var("FREEHOLD_ENERGY_CURRENCY").unwrap_or_else(|_| "EUR".to_owned());
+            let price = freehold_node_agent::args::energy_price(&price, &currency);
+            config.energy_price = Some(
+                price
+                    .map_err(anyhow::Error::msg)
+                    .context("FREEHOLD_ENERGY_PRICE")?,
+            );
+        }
         let agent = Agent::start(config, control_plane.client(), shutdown.clone()).await?;
         Ok(Self {
             control_plane,

@@ -302,9 +302,12 @@ pub struct Accelerator {
     /// Version of its driver.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
-    /// Whether this agent's build can use it.
+    /// Whether this machine's agent can run models on it.
     #[serde(default)]
     pub usable: bool,
+    /// Why it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// Where an instance stands.

@@ -18,6 +18,7 @@ use tracing::{error, info};
 use crate::config::AgentConfig;
 use crate::energy::{self, Books};
 use crate::error::StartAgent;
+use crate::gpu::GpuSupport;
 use crate::metrics::Metrics;
 use crate::spec_file::SpecFile;
 use crate::status::{Publisher, Snapshot};
@@ -63,9 +64,14 @@ impl Agent {
             None => None,
         };
         let (data_dir, memory_limit) = (config.data_dir.clone(), config.memory_limit);
-        let inventory = tokio::task::spawn_blocking(move || inventory::read(&data_dir, memory_limit))
-            .await
-            .unwrap_or_default();
+        let (own, gpu_worker) = (worker_program.clone(), config.gpu_worker.clone());
+        let found = tokio::task::spawn_blocking(move || {
+            let gpu = GpuSupport::find(&own, gpu_worker.as_deref());
+            let inventory = inventory::read(&data_dir, memory_limit, &gpu);
+            (gpu, inventory)
+        });
+        let (gpu, inventory) = found.await.unwrap_or_default();
+        let gpu_worker = gpu.program.clone().filter(|_| !inventory.devices.is_empty());
 
         let file = SpecFile::in_folder(&config.data_dir);
         let (spec_sender, spec) = watch::channel(file.load().unwrap_or_default());
@@ -84,6 +90,7 @@ impl Agent {
             data_dir: config.data_dir.clone(),
             run_dir: sockets,
             worker_program,
+            gpu_worker,
             worker_arguments_prefix: config.worker_arguments_prefix.clone(),
             allocatable_bytes: inventory.allocatable_bytes,
             store: store.clone(),
@@ -104,6 +111,7 @@ impl Agent {
             gateway_address: config.gateway_url(gateway_address),
             data_dir: config.data_dir.clone(),
             memory_limit,
+            gpu,
             inventory,
             snapshot,
             observed,

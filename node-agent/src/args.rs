@@ -51,6 +51,9 @@ pub struct AgentArgs {
     /// Most memory for all models together, such as 6Gi; otherwise found out
     #[arg(long, env = "FREEHOLD_MEMORY_LIMIT")]
     memory_limit: Option<String>,
+    /// Program that runs models on the GPU: this one, built with --features cuda; tried once at the start
+    #[arg(long, env = "FREEHOLD_GPU_WORKER")]
+    gpu_worker: Option<PathBuf>,
     /// Seconds between two heartbeats
     #[arg(long, env = "FREEHOLD_HEARTBEAT_SECONDS", default_value_t = 12, value_parser = clap::value_parser!(u64).range(1..=20))]
     heartbeat_seconds: u64,
@@ -82,6 +85,17 @@ fn price(text: &str) -> Result<f64, String> {
     price
         .filter(|price| price.is_finite() && *price >= 0.0)
         .ok_or_else(|| format!("{text:?} is not a price, such as 0.32"))
+}
+
+/// A price and its currency as an agent is told them.
+///
+/// # Errors
+/// What does not read.
+pub fn energy_price(price_text: &str, currency_text: &str) -> Result<EnergyPrice, String> {
+    Ok(EnergyPrice {
+        per_kilowatt_hour: price(price_text)?,
+        currency: currency(currency_text)?,
+    })
 }
 
 fn currency(text: &str) -> Result<String, String> {
@@ -121,6 +135,7 @@ impl AgentArgs {
             memory_limit: memory_limit.map_err(|error| format!("--memory-limit: {error}"))?,
             labels: self.labels.into_iter().collect::<BTreeMap<_, _>>(),
             metrics_listen: self.metrics_listen,
+            gpu_worker: self.gpu_worker,
             powercap_dir: self.powercap_dir,
             energy_price: self.energy_price.map(|per_kilowatt_hour| EnergyPrice {
                 per_kilowatt_hour,

@@ -29,6 +29,8 @@ pub struct AgentConfig {
     pub gateway_advertise: Option<String>,
     /// The program that runs a worker; this program if absent.
     pub worker_program: Option<PathBuf>,
+    /// The program that runs workers on the GPU, if it is not that one.
+    pub gpu_worker: Option<PathBuf>,
     /// Its arguments in front of those of the worker.
     pub worker_arguments_prefix: Vec<String>,
     /// Time between two renewals of the Lease.
@@ -56,6 +58,7 @@ impl AgentConfig {
             gateway_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, freehold_crds::DEFAULT_GATEWAY_PORT)),
             gateway_advertise: None,
             worker_program: None,
+            gpu_worker: None,
             worker_arguments_prefix: vec!["worker".to_owned()],
             heartbeat: HEARTBEAT,
             memory_limit: None,

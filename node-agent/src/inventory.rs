@@ -6,14 +6,16 @@ use std::path::Path;
 use freehold_crds::Device;
 use freehold_crds::inference_node::{Accelerator, Inventory};
 
+use crate::gpu::GpuSupport;
+
 /// Memory that models never get: the system's and the agent's own share, the larger of an eighth and this.
 const SYSTEM_RESERVE_BYTES: u64 = 512 << 20;
 const GIB: u64 = 1 << 30;
 
 /// Reads the machine. `data_dir` tells which disk the model store is on; `memory_limit` is the owner's
-/// own bound for all models together.
+/// own bound for all models together; `gpu` what the agent can do with accelerators.
 #[must_use]
-pub fn read(data_dir: &Path, memory_limit: Option<u64>) -> Inventory {
+pub fn read(data_dir: &Path, memory_limit: Option<u64>, gpu: &GpuSupport) -> Inventory {
     let memory_bytes = memory_bytes();
     let reserve = SYSTEM_RESERVE_BYTES.max(memory_bytes / 8);
     let allocatable = memory_bytes.saturating_sub(reserve);
@@ -22,7 +24,12 @@ pub fn read(data_dir: &Path, memory_limit: Option<u64>) -> Inventory {
         .map(|disk| (disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize))
         .unwrap_or((0, 0));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let devices = nvidia_devices();
+    let mut devices = nvidia_devices();
+    devices.extend(apple_device(memory_bytes));
+    for device in &mut devices {
+        device.usable = gpu.program.is_some();
+        device.reason.clone_from(&gpu.reason);
+    }
     let cpu = cpu_name();
     let accelerators = devices
         .iter()
@@ -120,9 +127,20 @@ fn nvidia_devices() -> Vec<Accelerator> {
             name: device.name().unwrap_or_else(|_| "NVIDIA GPU".to_owned()),
             memory_bytes: device.memory_info().map_or(0, |memory| memory.total),
             driver: driver.clone(),
-            usable: cfg!(feature = "cuda"),
+            ..Accelerator::default()
         })
         .collect()
+}
+
+/// The GPU of a Mac with Apple's own processor, which shares the machine's memory.
+fn apple_device(memory_bytes: u64) -> Option<Accelerator> {
+    let apple = cfg!(all(target_os = "macos", target_arch = "aarch64"));
+    apple.then(|| Accelerator {
+        kind: Device::Metal,
+        name: format!("{} GPU", cpu_name()),
+        memory_bytes,
+        ..Accelerator::default()
+    })
 }
 
 #[cfg(test)]
@@ -131,7 +149,7 @@ mod tests {
 
     #[test]
     fn this_machine_has_memory_cores_and_a_disk() {
-        let inventory = read(Path::new("/"), None);
+        let inventory = read(Path::new("/"), None, &GpuSupport::default());
         assert!(inventory.memory_bytes > GIB / 2, "{inventory:?}");
         assert!(inventory.allocatable_bytes < inventory.memory_bytes);
         assert!(inventory.cores >= 1 && inventory.disk_bytes > 0);
@@ -139,7 +157,10 @@ mod tests {
 
     #[test]
     fn an_owners_limit_bounds_what_models_may_take() {
-        assert_eq!(read(Path::new("/"), Some(1 << 20)).allocatable_bytes, 1 << 20);
+        assert_eq!(
+            read(Path::new("/"), Some(1 << 20), &GpuSupport::default()).allocatable_bytes,
+            1 << 20
+        );
     }
 
     #[test]

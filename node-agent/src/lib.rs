@@ -16,6 +16,7 @@ pub mod args;
 mod config;
 mod energy;
 mod error;
+pub mod gpu;
 mod heartbeat;
 pub mod inventory;
 mod metrics;

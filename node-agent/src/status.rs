@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::energy::Books;
+use crate::gpu::GpuSupport;
 use crate::inventory;
 use crate::metrics::Metrics;
 use crate::watch::Observed;
@@ -54,6 +55,7 @@ pub(crate) struct Publisher {
     pub(crate) gateway_address: String,
     pub(crate) data_dir: PathBuf,
     pub(crate) memory_limit: Option<u64>,
+    pub(crate) gpu: GpuSupport,
     pub(crate) inventory: Inventory,
     pub(crate) snapshot: watch::Receiver<Snapshot>,
     pub(crate) observed: watch::Receiver<Observed>,
@@ -151,8 +153,10 @@ impl Publisher {
     }
 
     async fn read_inventory(&mut self) {
-        let (data_dir, limit) = (self.data_dir.clone(), self.memory_limit);
-        if let Ok(inventory) = tokio::task::spawn_blocking(move || inventory::read(&data_dir, limit)).await {
+        let (data_dir, limit, gpu) = (self.data_dir.clone(), self.memory_limit, self.gpu.clone());
+        if let Ok(inventory) =
+            tokio::task::spawn_blocking(move || inventory::read(&data_dir, limit, &gpu)).await
+        {
             self.inventory = inventory;
         }
     }

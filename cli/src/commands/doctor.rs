@@ -104,7 +104,8 @@ fn machine(findings: &mut Findings) {
         .find(|folder| folder.exists())
         .unwrap_or(&data_dir)
         .to_owned();
-    let inventory = freehold_node_agent::inventory::read(&existing, None);
+    let gpu = freehold_node_agent::gpu::GpuSupport::find(std::path::Path::new(""), None);
+    let inventory = freehold_node_agent::inventory::read(&existing, None, &gpu);
     findings.good(&format!(
         "{} on {}, {} cores: {}",
         inventory.os, inventory.architecture, inventory.cores, inventory.cpu

@@ -149,7 +149,11 @@ fn this_machine(arguments: &Arguments) -> Result<NodeInput> {
         name: "this-machine".to_owned(),
         ..NodeInput::default()
     };
-    node.status.inventory = freehold_node_agent::inventory::read(std::path::Path::new("/"), None);
+    node.status.inventory = freehold_node_agent::inventory::read(
+        std::path::Path::new("/"),
+        None,
+        &freehold_node_agent::gpu::GpuSupport::find(std::path::Path::new(""), None),
+    );
     if let Some(bytes) = memory {
         (node.name, node.status.inventory.allocatable_bytes) = ("planned-machine".to_owned(), bytes);
     }

@@ -177,12 +177,21 @@ pub(crate) async fn run(
         };
         meter = returned;
         let instances = snapshot.borrow().instances.clone();
-        books.send_modify(|books| {
-            metrics.energy.inc_by(joules.values().sum());
-            for charged in books.take_up(&joules, &instances) {
-                tell(&metrics, &charged, price.as_ref());
-            }
-        });
+        books.send_modify(|books| account(books, &joules, &instances, &metrics, price.as_ref()));
+    }
+}
+
+/// Takes one interval into the books and the metrics.
+fn account(
+    books: &mut Books,
+    joules: &BTreeMap<Device, f64>,
+    instances: &[Instance],
+    metrics: &Metrics,
+    price: Option<&EnergyPrice>,
+) {
+    metrics.energy.inc_by(joules.values().sum());
+    for charged in books.take_up(joules, instances) {
+        tell(metrics, &charged, price);
     }
 }
 
@@ -270,34 +279,23 @@ mod tests {
         assert_eq!(status.instances[0].energy, None);
     }
 
-    #[tokio::test]
-    async fn from_the_counters_to_the_metrics() {
+    #[test]
+    fn from_the_counters_to_the_metrics() {
         let folder = counters::tests::powercap([0, 0]);
-        let (told, snapshot) = watch::channel(Snapshot::default());
-        let (books, mut read) = watch::channel(Books::default());
-        let metrics = Arc::new(Metrics::new());
+        let mut meter = Meter::open(folder.path());
+        let metrics = Metrics::new();
         let price = EnergyPrice {
             per_kilowatt_hour: 0.36,
             currency: "EUR".to_owned(),
         };
-        let path = folder.path().to_owned();
-        let every = Duration::from_millis(5);
-        let task = tokio::spawn(run(
-            path,
-            every,
-            Some(price),
-            snapshot,
-            books,
-            Arc::clone(&metrics),
-        ));
-        // The first reading has come once the model's account is open.
-        told.send_modify(|told| told.instances = vec![instance("home.chat.1", 0, 0)]);
-        read.wait_for(|books| !books.models.is_empty())
-            .await
-            .expect("running");
-        told.send_modify(|told| told.instances = vec![instance("home.chat.1", 500, 500)]);
+        let mut books = Books::default();
+        let mut interval = |instance: Instance| {
+            let joules = meter.read();
+            account(&mut books, &joules, &[instance], &metrics, Some(&price));
+        };
+        interval(instance("home.chat.1", 0, 0));
         counters::tests::set(&folder, [400_000_000, 100_000_000]);
-        read.wait_for(|books| books.joules > 0.0).await.expect("running");
+        interval(instance("home.chat.1", 500, 500));
         let text = metrics.text();
         let shows = |line: &str| assert!(text.contains(line), "{line} is not in {text}");
         shows("freehold_energy_joules_total{namespace=\"home\",model=\"chat\"} 500.0");
@@ -305,6 +303,5 @@ mod tests {
         shows("freehold_joules_per_million_tokens{namespace=\"home\",model=\"chat\"} 500000.0");
         shows("freehold_cost_per_million_tokens{namespace=\"home\",model=\"chat\"} 0.05");
         shows("freehold_agent_energy_joules_total 500.0");
-        task.abort();
     }
 }

@@ -193,10 +193,15 @@ impl Supervisor {
         if let Some(threads) = engine.threads {
             option("--threads", threads.to_string().into());
         }
+        // A GPU that has no room for the model is left to the worker to find out: it falls back and says so.
+        let program = match (&self.tools.gpu_worker, instance.assignment.device) {
+            (None, _) | (Some(_), Device::Cpu) => &self.tools.worker_program,
+            (Some(program), Device::Auto | Device::Cuda | Device::Metal) => program,
+        };
         let launch = Launch {
             assignment: name.to_owned(),
             epoch,
-            program: self.tools.worker_program.clone(),
+            program: program.clone(),
             arguments,
             environment: crate::worker::environment(engine.threads),
             socket,

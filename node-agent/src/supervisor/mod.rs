@@ -133,6 +133,8 @@ pub(crate) struct Tools {
     pub(crate) data_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
     pub(crate) worker_program: PathBuf,
+    /// The program of workers on the GPU, where there is a GPU.
+    pub(crate) gpu_worker: Option<PathBuf>,
     pub(crate) worker_arguments_prefix: Vec<String>,
     /// Memory that all models together may take.
     pub(crate) allocatable_bytes: u64,

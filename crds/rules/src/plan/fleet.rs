@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use freehold_crds::inference_node::{Assignment, Instance};
+use freehold_crds::inference_node::{Accelerator, Assignment, Instance};
 use freehold_crds::model_deployment::ModelFacts;
 use freehold_crds::{Device, ObjectKey};
 
@@ -127,10 +127,15 @@ impl<'a> Machine<'a> {
                 if usable {
                     return Ok(());
                 }
-                Err(if found.count() > 0 {
-                    format!("its agent was built without support for {device:?}")
-                } else {
-                    format!("it has no {device:?} device")
+                let mut found = found;
+                Err(match found.next() {
+                    Some(Accelerator {
+                        name,
+                        reason: Some(reason),
+                        ..
+                    }) => format!("its {device:?} device, {name}, cannot be used: {reason}"),
+                    Some(_) => format!("its agent was built without support for {device:?}"),
+                    None => format!("it has no {device:?} device"),
                 })
             }
         }

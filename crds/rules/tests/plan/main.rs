@@ -6,6 +6,7 @@
 )]
 
 mod build;
+mod devices;
 mod energy;
 mod names;
 mod policies;
