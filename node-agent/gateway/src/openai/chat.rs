@@ -126,7 +126,8 @@ fn read_message(message: Value, path: String) -> Result<Value, ApiError> {
     };
     let mut message = Map::new();
     message.insert("role".to_owned(), Value::String(role));
-    message.insert("content".to_owned(), content.map_or(Value::Null, Value::String));
+    // Never null: many templates add the content to a string without asking whether there is one.
+    message.insert("content".to_owned(), Value::String(content.unwrap_or_default()));
     if let Some(calls) = tool_calls {
         message.insert("tool_calls".to_owned(), calls);
     }

@@ -189,7 +189,7 @@ async fn messages_are_made_ready_for_a_template() {
     let expected = json!([
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why?", "name": "ann"},
-        {"role": "assistant", "content": null,
+        {"role": "assistant", "content": "",
          "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": {}}}]},
         {"role": "tool", "content": "nothing", "tool_call_id": "c1"},
     ]);
