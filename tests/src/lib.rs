@@ -10,3 +10,15 @@ pub mod exchange;
 pub mod likeness;
 pub mod node;
 pub mod parts;
+
+use std::path::PathBuf;
+
+/// The folder of this crate in the checkout that is tested. Asked for when a test runs: what a compiler was told
+/// may be another checkout's folder, where two share a cache of builds.
+///
+/// # Panics
+/// Where no cargo started the test.
+#[must_use]
+pub fn folder() -> PathBuf {
+    PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo test says which crate it tests"))
+}

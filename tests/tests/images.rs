@@ -1,11 +1,10 @@
 //! The images' own tests, which are in Python as what builds them is: see `manifests/images`.
 
-use std::path::Path;
 use std::process::Command;
 
 #[test]
 fn images_are_valid_and_the_same_twice() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = freehold_tests::folder();
     let output = Command::new("python3")
         .arg(root.join("images/test_images.py"))
         .output()

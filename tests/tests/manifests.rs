@@ -7,7 +7,7 @@ use freehold::sync;
 use freehold_control_plane::{ControlPlane, Options};
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    freehold_tests::folder()
         .parent()
         .expect("tests/ lies in the root")
         .to_owned()

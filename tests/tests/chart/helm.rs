@@ -9,7 +9,7 @@ use serde_json::Value;
 
 /// The chart of this tree.
 pub fn chart() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/freehold")
+    freehold_tests::folder().join("../charts/freehold")
 }
 
 /// Who runs commands, and against what.

@@ -71,7 +71,7 @@ async fn scripted_operations_answer_alike() {
 /// Every reason that a case gives stands in the document, for people to read.
 #[test]
 fn what_differs_is_explained() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/conformance.md");
+    let path = freehold_tests::folder().join("../docs/conformance.md");
     let text = std::fs::read_to_string(path).unwrap();
     let headings: BTreeSet<String> = text
         .lines()

@@ -493,7 +493,7 @@ async fn the_examples_of_this_repository_apply_strictly() {
     let mut kinds = freehold_crds::all();
     kinds.extend(crds());
     let served = Served::with(kinds).await;
-    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../manifests/examples");
+    let examples = Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join("../../manifests/examples");
     let examples = examples.canonicalize().unwrap();
     let examples = examples.to_str().unwrap();
     served
