@@ -66,6 +66,12 @@ def finish(command):
     return said, complained, usage.ru_maxrss * 1024
 
 
+def clock_ms(line):
+    """When a line of llama.cpp's log was written: minutes, seconds, thousandths, millionths since it began."""
+    minutes, seconds, thousandths, millionths = map(int, line.split()[0].split("."))
+    return (minutes * 60 + seconds) * 1000 + thousandths + millionths / 1000
+
+
 def json_lines(text):
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
@@ -91,10 +97,13 @@ class Peer:
         return {line["pl"]: line["speed_tg"] for line in json_lines(said)}, peak
 
     def load_ms(self):
+        """From where it begins to load the model until all stands ready to compute. What it prints as its load time is
+        something else: the first evaluation."""
         _, complained, _ = finish([tool("llama-completion"), "-m", self.path, "-t", self.threads, "-c", "1024", "-no-cnv",
-                                   "-p", "The", "-n", "1", "--no-warmup", "--perf"])
-        line = next(line for line in complained.splitlines() if "load time" in line)
-        return float(line.split("=")[1].split()[0])
+                                   "-p", "The", "-n", "1", "--no-warmup", "-fit", "off"])
+        begin, end = (next(line for line in complained.splitlines() if what in line)
+                      for what in ("load the model", "threadpool init"))
+        return clock_ms(end) - clock_ms(begin)
 
     def calibrate(self):
         """Finds the fastest of its settings for each figure."""
@@ -301,7 +310,7 @@ def page(results, spoken, rounds, threads):
             f"Prompts are random tokens. Freehold: `freehold bench FILE --rounds 1 --threads {threads}`, greedy sampling included; "
             f"batches decode after prompts of {SHORT_PROMPT} tokens. llama.cpp: `llama-bench -p {PREFILL} -n {DECODE} -r 1` (no "
             f"sampling, decode from an empty context), `llama-batched-bench -npp {SHORT_PROMPT} -ntg {DECODE} -npl 8,16`, "
-            "load time of `llama-completion -n 1 --no-warmup`; peak MiB is the largest resident memory of the process that "
+            "its load time is what its log says lies between the beginning and readiness (`llama-completion -fit off`); peak MiB is the largest resident memory of the process that "
             "decoded the batches. The file in a 1B shape has random weights."), "", *bandwidth_lines(results)]
     if spoken:
         lines += ["", f"{spoken['model']} through HTTP, answers of at most {ANSWER_TOKENS} tokens, one client "

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use freehold_tests::api_server::{ApiServer, Storage};
 use serde_json::Value;
@@ -143,9 +144,14 @@ async fn installs_upgrades_rolls_back_and_leaves_what_the_user_owns() {
     person
         .helm(&["uninstall", "freehold", "--namespace", "models"], "")
         .unwrap();
-    let kinds = versions(&person);
-    assert!(
-        !kinds.keys().any(|name| name.contains("freehold.dev")),
-        "{kinds:?}"
-    );
+    // The API server empties a kind before it takes it away, and helm does not wait for that.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let kinds = versions(&person);
+        if !kinds.keys().any(|name| name.contains("freehold.dev")) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{kinds:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }
