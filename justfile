@@ -72,6 +72,11 @@ bench-constrained MODEL RUNS="5":
 manifests HELM="helm":
     {{HELM}} template freehold charts/freehold --namespace freehold-system --no-hooks --set crds.install=false > manifests/base/freehold.yaml
 
+# Decoding with thousands of tokens before it, beside llama.cpp
+bench-context *ARGS:
+    cargo build --release --bin freehold
+    python3 tests/peers/context.py {{ARGS}}
+
 # Perplexity of one text under Freehold and llama.cpp, for each kind of weights
 perplexity *ARGS:
     cargo build --release --bin freehold

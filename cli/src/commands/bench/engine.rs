@@ -20,9 +20,8 @@ use rand::{Rng, SeedableRng};
 use super::numbers::{EngineFigures, Pace, Samples, rate};
 use crate::commands::bench::Plan;
 
-/// Tokens of a prompt whose decoding is measured: enough for a model to have something to go on from, few
-/// enough that all sequences begin within a step or two.
-const SHORT_PROMPT: usize = 16;
+/// Longest prompt of the run before the first that counts.
+const WARM_PROMPT: usize = 16;
 /// A bias that no logit outweighs; the OpenAI API allows no larger one.
 const FORBIDDEN: f32 = -100.0;
 const SEED: u64 = 20_260_101;
@@ -33,7 +32,7 @@ const SEED: u64 = 20_260_101;
 /// When the model cannot be loaded or an answer fails.
 pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<EngineFigures> {
     let most = plan.sequences.iter().copied().max().unwrap_or(1).max(1);
-    let context = plan.prompt_tokens.max(SHORT_PROMPT) + plan.decode_tokens + 1;
+    let context = plan.prompt_tokens.max(plan.depth) + plan.decode_tokens + 1;
     let options = EngineOptions {
         // Whole blocks of KV cache, with one to spare.
         context_length: Some(u32::try_from(context.next_multiple_of(64) + 64)?),
@@ -61,7 +60,7 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
     step("loaded");
     let mut bench = Bench::new(engine)?;
     // What the first pass over each buffer costs is no part of a pace.
-    bench.run(most, SHORT_PROMPT, plan.decode_tokens.min(8))?;
+    bench.run(most, plan.depth.min(WARM_PROMPT), plan.decode_tokens.min(8))?;
     step("warmed up");
 
     let mut prefill = Vec::new();
@@ -71,7 +70,7 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
         prefill.push(bench.run(1, plan.prompt_tokens, 1)?.prefill);
         step("prefill");
         for (samples, &sequences) in decode.iter_mut().zip(&plan.sequences) {
-            samples.push(bench.run(sequences, SHORT_PROMPT, plan.decode_tokens + 1)?.decode);
+            samples.push(bench.run(sequences, plan.depth, plan.decode_tokens + 1)?.decode);
             step("decode");
         }
     }

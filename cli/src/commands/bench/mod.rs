@@ -42,6 +42,9 @@ pub struct Arguments {
     /// Tokens that each sequence writes
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = positive)]
     pub decode_tokens: usize,
+    /// Tokens that are in a sequence's context already when its writing is measured
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = positive)]
+    pub depth: usize,
     /// Numbers of sequences that write together
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 8, 16], value_parser = positive)]
     pub sequences: Vec<usize>,
@@ -82,6 +85,7 @@ pub struct Plan {
     rounds: usize,
     prompt_tokens: usize,
     decode_tokens: usize,
+    depth: usize,
     sequences: Vec<usize>,
     chats: Vec<usize>,
     answer_tokens: usize,
@@ -99,6 +103,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         rounds,
         prompt_tokens,
         decode_tokens,
+        depth,
         sequences,
         bandwidth,
         perplexity,
@@ -116,6 +121,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         rounds,
         prompt_tokens,
         decode_tokens,
+        depth,
         sequences,
         chats,
         answer_tokens,
