@@ -114,6 +114,15 @@ pub enum LoadModel {
     /// The file is not a sound model.
     #[error(transparent)]
     Invalid(#[from] InvalidModel),
+    /// The draft model cannot be used.
+    #[error("failed to load the draft model {path:?}; take it out of the settings, or give one that fits")]
+    Draft {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<LoadModel>,
+    },
     /// The arithmetic failed.
     #[error("failed to compute while loading")]
     Compute(#[source] candle_core::Error),

@@ -51,6 +51,8 @@ pub(crate) struct Beginning<'a> {
     pub(crate) blocks: (usize, usize),
     /// The token of the first step.
     pub(crate) token: u32,
+    /// The threads of a model that takes turns with this one.
+    pub(crate) compute: Option<Compute>,
 }
 
 impl Runner {
@@ -58,6 +60,14 @@ impl Runner {
         match self {
             Self::Cpu(decoder) => decoder.config(),
             Self::Device(decoder) => decoder.config(),
+        }
+    }
+
+    /// The threads that it computes with.
+    pub(crate) fn compute(&self) -> Option<&Compute> {
+        match self {
+            Self::Cpu(decoder) => Some(decoder.compute()),
+            Self::Device(_) => None,
         }
     }
 
@@ -215,11 +225,15 @@ fn on_cpu(
         options,
         blocks: (capacity, keep),
         token,
+        compute,
     } = beginning;
     let threads = options
         .threads
         .map_or_else(available_threads, |n| n.max(1) as usize);
-    let compute = Compute::new(threads).map_err(LoadModel::StartThread)?;
+    let compute = match compute {
+        Some(shared) => shared.clone(),
+        None => Compute::new(threads).map_err(LoadModel::StartThread)?,
+    };
     info!(threads, kernels = compute.dispatch.name(), "Computes on the CPU");
     let precision = if options.exact {
         WeightPrecision::Float

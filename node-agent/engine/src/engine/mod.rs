@@ -1,6 +1,7 @@
 //! The engine as its callers see it: load a model, ask it, watch it.
 
 mod counters;
+mod draft;
 mod types;
 
 use std::fmt;
@@ -117,10 +118,12 @@ impl Engine {
             options,
             blocks: (capacity, keep),
             token: tokenizer.bos().unwrap_or(0),
+            compute: None,
         };
         let begun = device::begin(&beginning, progress)?;
         // Everything is copied out: the file's pages leave this process's memory.
         drop(file);
+        let draft = draft::load(options, &tokenizer, begun.runner.compute(), capacity)?;
         let (jobs, receiver) = channel();
         let counters = Arc::new(Counters::default());
         let scheduler = Scheduler::new(
@@ -130,6 +133,7 @@ impl Engine {
             receiver,
             Arc::clone(&counters),
             sequences,
+            draft,
         );
         std::thread::Builder::new()
             .name("engine".to_owned())

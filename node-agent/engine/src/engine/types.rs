@@ -1,6 +1,7 @@
 //! What goes into an engine and what comes out of it.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -45,6 +46,9 @@ pub struct EngineOptions {
     pub prefix_tokens: Option<u32>,
     /// Guesses from what was written before, and checks the guess: the same answers, faster where they repeat.
     pub speculate: bool,
+    /// A smaller model with the same vocabulary, a GGUF file, that guesses what comes next where the text gives
+    /// no guess: the same answers, faster where it guesses well and is much faster than the model itself.
+    pub draft: Option<PathBuf>,
     /// Threads that compute; None: as many as the process may keep busy (affinity and cgroup quota counted).
     pub threads: Option<u32>,
     /// Computes with 32-bit floats throughout, whatever the file holds: slow and large, for checking.
@@ -64,6 +68,7 @@ impl Default for EngineOptions {
             kv_tokens: None,
             prefix_tokens: None,
             speculate: true,
+            draft: None,
             threads: None,
             exact: false,
             through_candle: false,

@@ -212,6 +212,10 @@ impl Decoder {
         &mut scratch.logits
     }
 
+    pub(crate) fn compute(&self) -> &Compute {
+        &self.compute
+    }
+
     /// What the latest step gave.
     pub(crate) fn logits(&mut self) -> &mut [f32] {
         &mut self.scratch.logits

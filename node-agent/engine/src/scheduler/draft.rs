@@ -1,161 +1,218 @@
-//! Guessing what comes next from what was written before: lossless speculation without a second model.
+//! A second, smaller model that guesses what the first will write.
 //!
-//! A guess is only ever checked: the rows of guessed tokens go through the model beside the real one, and
-//! each is kept as long as the sampler, asked in its usual order, chooses the same token. What is written
-//! is therefore what would have been written, for greedy and for drawn answers alike. Guessing stops where
-//! it does not pay: a row costs about an eighth of a step, so a guess must come true more often than that,
-//! and more often still when many answers share the step.
-//! Source: Saxena 2023 (prompt lookup decoding); Leviathan et al. 2023.
+//! ```text
+//! step:  catch up with what was written ─▶ one token for all ─▶ the next ─▶ … ─▶ guesses, checked by the model
+//! ```
+//! It has a cache of its own, in which nothing is shared; where that is full, or its text is not read yet,
+//! there is no guess. Sequences know nothing of it but the guess: what became of that is seen in the next one.
+//! Source: Leviathan et al. 2023; Chen et al. 2023 (with a draft's likeliest token, checked by the sampler).
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
-/// Tokens that must have stood together before, for what followed to be a guess.
-const PATTERN: usize = 3;
-/// Most tokens guessed at once.
-const MOST: usize = 12;
-/// Rows that cost as much as the rest of a step: measured at 6 to 10 for small models on 2 cores, more for
-/// large ones, where a step is mostly reading weights.
-const STEP_ROWS: f32 = 7.0;
-/// Weight of the newest guess in the hit rate.
-const NEWEST: f32 = 0.15;
-/// Tokens without a guess after guessing did not pay; doubled each time it does not pay again.
-const FIRST_PAUSE: u32 = 16;
-const LONGEST_PAUSE: u32 = 512;
+use super::sequence::Sequence;
+use super::success::Success;
+use crate::device::Runner;
+use crate::kernels::vector::argmax;
+use crate::kv::{BlockTable, KvCache};
+use crate::model::Row;
 
-/// What was written so far, and how good guesses have been.
-#[derive(Debug)]
-pub(super) struct Lookup {
-    /// Where each pattern stood last: the index after it.
-    last: HashMap<[u32; PATTERN], usize>,
-    /// Tokens whose patterns are known.
-    indexed: usize,
-    /// Share of guessed tokens that came true.
-    rate: f32,
-    /// Tokens until the next guess.
-    pause: u32,
-    next_pause: u32,
+/// Rows of texts that are read in one step: a long prompt must not hold up those who write.
+const CATCH_UP_ROWS: usize = 64;
+/// Weight of the newest time.
+const NEWEST: f32 = 0.1;
+
+/// The second model and what it has read.
+pub(crate) struct DraftModel {
+    decoder: Runner,
+    cache: KvCache,
+    /// Tokens that there are: a model may have more rows than words.
+    words: usize,
+    readers: HashMap<u64, Reader>,
+    /// Seconds that guessing one token took, and that a step of the model takes.
+    guess_seconds: Option<f32>,
+    step_seconds: Option<f32>,
 }
 
-impl Default for Lookup {
-    fn default() -> Self {
+/// What it knows of one sequence.
+#[derive(Default)]
+struct Reader {
+    table: BlockTable,
+    /// Tokens of the text that are in the cache.
+    read: usize,
+    /// Guesses after those.
+    guess: Vec<u32>,
+    /// How many of the guesses are in the cache too.
+    guesses_read: usize,
+    success: Success,
+}
+
+/// One that is guessed for in this step.
+struct Guessing {
+    /// Its index among those that run.
+    index: usize,
+    most: usize,
+    guess: Vec<u32>,
+}
+
+impl DraftModel {
+    pub(crate) fn new(decoder: Runner, cache: KvCache, words: usize) -> Self {
         Self {
-            last: HashMap::new(),
-            indexed: 0,
-            rate: 0.6,
-            pause: 0,
-            next_pause: FIRST_PAUSE,
+            decoder,
+            cache,
+            words,
+            readers: HashMap::new(),
+            guess_seconds: None,
+            step_seconds: None,
         }
     }
-}
 
-impl Lookup {
-    /// Guesses what follows `tokens`, at most `most`. `rows` is how many rows the step holds without it.
-    pub(super) fn guess(&mut self, tokens: &[u32], rows: usize, most: usize) -> Vec<u32> {
-        // A pattern is known only once something follows it.
-        while self.indexed + PATTERN < tokens.len() {
-            if let Some(pattern) = tokens[self.indexed..].first_chunk::<PATTERN>() {
-                self.last.insert(*pattern, self.indexed + PATTERN);
+    /// Takes note of how long a step of the model took in which nothing was read.
+    pub(super) fn step_took(&mut self, time: Duration) {
+        self.step_seconds = Some(mix(self.step_seconds, time));
+    }
+
+    /// Gives the memory of texts that are done back to the machine.
+    pub(super) fn rest(&mut self) {
+        self.forget(|_| false);
+        self.cache.trim();
+    }
+
+    /// Guesses for every sequence that writes and has no better guess. `rows` is how many rows the step
+    /// holds without guesses.
+    ///
+    /// # Errors
+    /// What went wrong; the guesses of this step are none then, and it had better not be asked again.
+    pub(super) fn guess(&mut self, running: &mut [Sequence], rows: usize) -> Result<(), String> {
+        self.forget(|number| running.iter().any(|one| one.number == number));
+        let cost = match (self.guess_seconds, self.step_seconds) {
+            (Some(guess), Some(step)) => guess / step,
+            _ => 0.0,
+        };
+        let mut guessing = Vec::new();
+        let mut reading = CATCH_UP_ROWS;
+        let mut step = Vec::new();
+        for (index, sequence) in running.iter().enumerate() {
+            if !sequence.wants_guess() {
+                continue;
             }
-            self.indexed += 1;
+            let reader = self.readers.entry(sequence.number).or_default();
+            reader.look_back(&sequence.tokens);
+            let most = sequence.room_for_guess().min(reader.success.next(rows, cost));
+            let missing = sequence.tokens.len() - reader.read;
+            let count = missing.min(reading);
+            let end = reader.read + count;
+            if most == 0 || count == 0 {
+                continue;
+            }
+            if !self.cache.reserve(&mut reader.table, end + most) {
+                continue;
+            }
+            reading -= count;
+            let complete = count == missing;
+            for position in reader.read..end {
+                step.push(Row {
+                    token: sequence.tokens[position],
+                    position,
+                    sequence: index,
+                    wants_logits: complete && position + 1 == end,
+                });
+            }
+            reader.read = end;
+            if complete {
+                guessing.push(Guessing {
+                    index,
+                    most,
+                    guess: Vec::new(),
+                });
+            }
         }
-        if self.pause > 0 {
-            self.pause -= 1;
-            return Vec::new();
+        while !step.is_empty() {
+            let begun = Instant::now();
+            let wanted = step.iter().filter(|row| row.wants_logits).count();
+            let alone = step.len() == wanted;
+            self.forward(&step, running)?;
+            let size = self.decoder.config().vocab_size.max(1);
+            step.clear();
+            let mut logits = self.decoder.logits().chunks_exact(size);
+            for one in guessing.iter_mut().filter(|one| one.guess.len() < one.most) {
+                let words = logits.next().and_then(|row| row.get(..self.words));
+                let Some(token) = words.and_then(argmax) else {
+                    continue;
+                };
+                let token = token as u32;
+                one.guess.push(token);
+                if one.guess.len() < one.most {
+                    step.push(Row {
+                        token,
+                        position: running[one.index].tokens.len() + one.guess.len() - 1,
+                        sequence: one.index,
+                        wants_logits: true,
+                    });
+                }
+            }
+            if alone && wanted > 0 {
+                self.guess_seconds = Some(mix(self.guess_seconds, begun.elapsed()));
+            }
         }
-        let most = most.min(worthwhile(self.rate, rows));
-        let Some(pattern) = tokens.last_chunk::<PATTERN>() else {
-            return Vec::new();
-        };
-        let Some(&start) = self.last.get(pattern) else {
-            return Vec::new();
-        };
-        // What goes round in a circle goes on so.
-        tokens[start..].iter().copied().cycle().take(most).collect()
+        for one in guessing {
+            let sequence = &mut running[one.index];
+            if let Some(reader) = self.readers.get_mut(&sequence.number) {
+                reader.guesses_read = one.guess.len().saturating_sub(1);
+                reader.guess.clone_from(&one.guess);
+            }
+            sequence.set_guess(one.guess);
+        }
+        Ok(())
     }
 
-    /// Tokens to guess that are all but certain.
-    pub(super) fn sure(rows: usize) -> usize {
-        worthwhile(0.9, rows)
+    fn forward(&mut self, rows: &[Row], running: &[Sequence]) -> Result<(), String> {
+        let nothing = BlockTable::default();
+        let readers = &self.readers;
+        let tables: Vec<&BlockTable> = running
+            .iter()
+            .map(|one| readers.get(&one.number).map_or(&nothing, |reader| &reader.table))
+            .collect();
+        let (decoder, cache) = (&mut self.decoder, &mut self.cache);
+        catch_unwind(AssertUnwindSafe(|| decoder.forward(rows, &tables, cache)))
+            .map_err(|_| "a kernel stopped at an assertion".to_owned())?
+            .map_err(|error| format!("the device failed: {error}"))
     }
 
-    /// Takes note of how many of the guessed tokens came true.
-    pub(super) fn came_true(&mut self, guessed: usize, hits: usize) {
-        if guessed == 0 {
-            return;
-        }
-        // Only the first miss says anything; what was guessed after it was never a guess at that place.
-        let tried = guessed.min(hits + 1);
-        for index in 0..tried {
-            let hit = if index < hits { 1.0 } else { 0.0 };
-            self.rate += NEWEST * (hit - self.rate);
-        }
-        if worthwhile(self.rate, 1) == 0 {
-            self.pause = self.next_pause;
-            self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
-            // The next guess is a try: it gets a length again.
-            self.rate = 0.3;
-        } else if hits == guessed && hits >= PATTERN {
-            self.next_pause = FIRST_PAUSE;
-        }
+    /// Forgets those that do not run any more.
+    fn forget(&mut self, runs: impl Fn(u64) -> bool) {
+        let cache = &mut self.cache;
+        self.readers.retain(|&number, reader| {
+            let stays = runs(number);
+            if !stays {
+                cache.release(&mut reader.table);
+            }
+            stays
+        });
     }
 }
 
-/// Tokens to guess: as long as the next one is likelier to come true than it costs.
-fn worthwhile(rate: f32, rows: usize) -> usize {
-    let rows = rows.max(1) as f32;
-    let least = rows / (rows + STEP_ROWS) + 0.05;
-    let mut likely = rate;
-    let mut count = 0;
-    while likely > least && count < MOST {
-        count += 1;
-        likely *= rate;
+impl Reader {
+    /// Sees what became of the latest guess.
+    fn look_back(&mut self, tokens: &[u32]) {
+        let written = tokens.get(self.read..).unwrap_or_default();
+        let hits = self
+            .guess
+            .iter()
+            .zip(written)
+            .take_while(|(guessed, written)| guessed == written)
+            .count();
+        // Of one that was dropped before it was checked, only what was written since can be judged.
+        self.success.came_true(self.guess.len().min(written.len()), hits);
+        // The last token is always read again: what follows it is wanted.
+        self.read = (self.read + hits.min(self.guesses_read)).min(tokens.len() - 1);
+        self.guess.clear();
+        self.guesses_read = 0;
     }
-    count
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_followed_the_same_words_is_guessed() {
-        let mut lookup = Lookup::default();
-        let tokens = [9, 1, 2, 3, 4, 5, 6, 1, 2, 3];
-        let guess = lookup.guess(&tokens, 1, 8);
-        assert_eq!(guess, [4, 5, 6]);
-        assert_eq!(lookup.guess(&[7, 7, 7], 1, 8), [0_u32; 0]);
-    }
-
-    #[test]
-    fn the_latest_place_counts_and_a_run_of_one_token_goes_on() {
-        let mut lookup = Lookup::default();
-        assert_eq!(lookup.guess(&[1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 1, 1), [5]);
-        let mut lookup = Lookup::default();
-        assert_eq!(lookup.guess(&[8; 6], 1, 2), [8, 8]);
-    }
-
-    #[test]
-    fn guesses_grow_with_success_and_end_with_failure() {
-        let tokens: Vec<u32> = (0..40).chain(0..10).collect();
-        let mut lookup = Lookup::default();
-        let first = lookup.guess(&tokens, 1, 20).len();
-        for _ in 0..10 {
-            lookup.came_true(4, 4);
-        }
-        assert!(lookup.guess(&tokens, 1, 20).len() > first);
-        let mut calls = 0;
-        while lookup.pause == 0 {
-            lookup.came_true(1, 0);
-            calls += 1;
-        }
-        assert!((2..20).contains(&calls), "{calls}");
-        assert_eq!(lookup.guess(&tokens, 1, 20), [0_u32; 0]);
-    }
-
-    #[test]
-    fn a_full_batch_needs_surer_guesses() {
-        assert!(worthwhile(0.6, 1) > 1);
-        assert!(worthwhile(0.6, 16) == 0);
-        assert!(worthwhile(0.95, 16) > 0);
-    }
+fn mix(before: Option<f32>, now: Duration) -> f32 {
+    let now = now.as_secs_f32();
+    before.map_or(now, |before| before + NEWEST * (now - before))
 }

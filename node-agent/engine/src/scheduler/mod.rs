@@ -6,14 +6,16 @@
 //!                                        └── cancelled, finished: blocks come back
 //! ```
 //! Continuous batching: every step holds a row of each answer under way, the rows of what is guessed to come
-//! after it ([`draft`]), and as many prompt rows as leave the answers half their pace ([`pace`]). Admission is
+//! after it ([`lookup`], [`draft`]), and as many prompt rows as leave the answers half their pace ([`pace`]). Admission is
 //! first come, first served, by free blocks of the cache; a request that begins like one that is being read
 //! waits for that and shares its blocks. Where blocks run out, the answer that came last gives its own up,
 //! waits, and goes on where it was: nothing that was begun fails for want of memory.
 
 mod draft;
+mod lookup;
 mod pace;
 mod sequence;
+mod success;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,7 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::Instant;
 
-use tracing::{debug, error};
+use tracing::{debug, error, warn};
 
 use crate::constrain::Guide;
 use crate::device::Runner;
@@ -30,6 +32,7 @@ use crate::engine::{Counters, FinishReason, Sink, StepCount};
 use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kv::{BlockTable, KvCache, common_prefix};
 use crate::tokenizer::Tokenizer;
+pub(crate) use draft::DraftModel;
 use pace::{Pace, shares};
 use sequence::Sequence;
 
@@ -67,6 +70,9 @@ pub(crate) struct Scheduler {
     waiting: VecDeque<Sequence>,
     /// In order of arrival.
     running: Vec<Sequence>,
+    /// Sequences so far.
+    count: u64,
+    draft: Option<DraftModel>,
     pace: Pace,
 }
 
@@ -78,6 +84,7 @@ impl Scheduler {
         jobs: Receiver<Job>,
         counters: Arc<Counters>,
         max_sequences: usize,
+        draft: Option<DraftModel>,
     ) -> Self {
         Self {
             decoder,
@@ -88,6 +95,8 @@ impl Scheduler {
             max_sequences,
             waiting: VecDeque::new(),
             running: Vec::new(),
+            count: 0,
+            draft,
             pace: Pace::default(),
         }
     }
@@ -98,14 +107,17 @@ impl Scheduler {
             if self.running.is_empty() && self.waiting.is_empty() {
                 self.counters.rest();
                 self.cache.trim();
+                if let Some(draft) = &mut self.draft {
+                    draft.rest();
+                }
                 match self.jobs.recv() {
-                    Ok(job) => self.waiting.push_back(Sequence::new(job)),
+                    Ok(job) => self.wait(job),
                     Err(_) => return,
                 }
             }
             loop {
                 match self.jobs.try_recv() {
-                    Ok(job) => self.waiting.push_back(Sequence::new(job)),
+                    Ok(job) => self.wait(job),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => {
                         self.stop();
@@ -129,6 +141,11 @@ impl Scheduler {
                 }
             }
         }
+    }
+
+    fn wait(&mut self, job: Job) {
+        self.count += 1;
+        self.waiting.push_back(Sequence::new(job, self.count));
     }
 
     fn stop(&mut self) {
@@ -236,7 +253,8 @@ impl Scheduler {
             .collect();
         let mut prompt_shares = shares(&prompts, self.pace.prompt_rows(writing)).into_iter();
         let reads = !prompts.is_empty();
-        self.running
+        let shares = self
+            .running
             .iter_mut()
             .map(|sequence| {
                 if sequence.writes() {
@@ -256,13 +274,21 @@ impl Scheduler {
                     share
                 }
             })
-            .collect()
+            .collect();
+        if !reads
+            && let Some(draft) = &mut self.draft
+            && let Err(failure) = draft.guess(&mut self.running, writing)
+        {
+            warn!(error = %failure, "Goes on without the draft model");
+            self.draft = None;
+        }
+        shares
     }
 
     /// One forward pass over everything that runs.
     fn step(&mut self) -> Result<(), String> {
-        let began = Instant::now();
         let mut shares = self.shares();
+        let began = Instant::now();
         self.make_room(&mut shares);
         if self.running.is_empty() {
             return Ok(());
@@ -315,8 +341,13 @@ impl Scheduler {
                 finished.push((index, reason));
             }
         }
-        self.pace
-            .took(step.decode_rows, step.prompt_rows, began.elapsed());
+        let took = began.elapsed();
+        self.pace.took(step.decode_rows, step.prompt_rows, took);
+        if let Some(draft) = &mut self.draft
+            && step.prompt_rows == 0
+        {
+            draft.step_took(took);
+        }
         self.counters.step(&step);
         for (index, reason) in finished.into_iter().rev() {
             let mut sequence = self.running.remove(index);

@@ -6,7 +6,8 @@ use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use super::Job;
-use super::draft::Lookup;
+use super::lookup::Lookup;
+use super::success::Success;
 use crate::constrain::Guide;
 use crate::engine::{FinishReason, Finished, GenerateEvent, Sink, TokenLogprob};
 use crate::kernels::attention::BLOCK_TOKENS;
@@ -19,6 +20,8 @@ use crate::utf8::Utf8Stream;
 
 pub(super) struct Sequence {
     pub(super) id: String,
+    /// No other sequence of this engine has it.
+    pub(super) number: u64,
     pub(super) table: BlockTable,
     pub(super) cancelled: Arc<AtomicBool>,
     /// Prompt and answer.
@@ -32,8 +35,8 @@ pub(super) struct Sequence {
     lookup: Option<Lookup>,
     /// Tokens guessed for this step; their rows follow the last token's.
     guess: Vec<u32>,
-    /// Whether a grammar forces what was guessed: then it says nothing about guesses from the text.
-    forced: bool,
+    /// Whether the guess is a grammar's or a draft model's: then it says nothing about guesses from the text.
+    foreign: bool,
     /// Log probabilities of the prompt's tokens, the first left out, and where they go.
     score: Option<(Vec<f32>, Sender<Vec<f32>>)>,
     sampler: Sampler,
@@ -50,7 +53,7 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(job: Job) -> Self {
+    pub(super) fn new(job: Job, number: u64) -> Self {
         let wants_logprobs = job.sampling.logprobs.is_some();
         Self {
             sampler: Sampler::new(job.sampling, &job.prompt),
@@ -58,6 +61,7 @@ impl Sequence {
             guide: job.guide,
             wants_logprobs,
             id: job.id,
+            number,
             table: BlockTable::new(job.scope),
             cancelled: job.cancelled,
             prompt_tokens: job.prompt.len(),
@@ -67,7 +71,7 @@ impl Sequence {
             max_tokens: job.max_tokens,
             lookup: job.speculate.then(Lookup::default),
             guess: Vec::new(),
-            forced: false,
+            foreign: false,
             stop: StopStrings::new(&job.stop),
             text: Utf8Stream::default(),
             held: Vec::new(),
@@ -118,20 +122,36 @@ impl Sequence {
     /// Guesses what comes next, if that pays in a step of `rows` rows.
     pub(super) fn guess(&mut self, rows: usize, tokenizer: &Tokenizer) {
         self.guess.clear();
-        let most = self.max_tokens.saturating_sub(self.generated() + 1);
+        let most = self.room_for_guess();
         let Some(lookup) = &mut self.lookup else { return };
-        self.forced = false;
+        self.foreign = false;
         if let Some(guide) = &mut self.guide {
             // What must come is surer than what came before.
             let mut forced = guide.forced(tokenizer);
-            forced.truncate(most.min(Lookup::sure(rows)));
+            forced.truncate(most.min(Success::sure(rows)));
             if !forced.is_empty() {
                 self.guess = forced;
-                self.forced = true;
+                self.foreign = true;
                 return;
             }
         }
         self.guess = lookup.guess(&self.tokens, rows, most);
+    }
+
+    /// Tokens that may be guessed: the last one of an answer is chosen in any case.
+    pub(super) fn room_for_guess(&self) -> usize {
+        self.max_tokens.saturating_sub(self.generated() + 1)
+    }
+
+    /// Whether a draft model may guess for it.
+    pub(super) fn wants_guess(&self) -> bool {
+        self.lookup.is_some() && self.guess.is_empty() && self.writes()
+    }
+
+    /// Takes a draft model's guess.
+    pub(super) fn set_guess(&mut self, guess: Vec<u32>) {
+        self.foreign = !guess.is_empty();
+        self.guess = guess;
     }
 
     /// Goes without guessing in this step.
@@ -216,7 +236,7 @@ impl Sequence {
             self.position += 1;
         }
         if let Some(lookup) = &mut self.lookup
-            && !self.forced
+            && !self.foreign
         {
             let hits = self.tokens[self.tokens.len() - chosen..]
                 .iter()
