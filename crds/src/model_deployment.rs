@@ -309,10 +309,35 @@ pub struct EngineSettings {
     /// and faster where they repeat or quote.
     #[serde(default = "yes")]
     pub speculation: bool,
+    /// A smaller model with the same vocabulary that guesses the next tokens where the text gives no guess.
+    /// Each guess is checked by the model: the same answers, and faster where the guesses are good and the
+    /// draft is several times faster than the model. Where it does not pay, it rests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draft: Option<DraftModel>,
     /// Compute threads; absent: the machine's cores.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 512))]
     pub threads: Option<u32>,
+}
+
+/// A model that guesses for another one. Policies on the supply chain hold for it too.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DraftModel {
+    /// An absolute path on the machine that runs the model: a GGUF file. It is read in place.
+    #[schemars(regex(pattern = "^/"), length(max = 4096))]
+    pub path: String,
+    /// SHA-256 of the file, 64 lower-case hexadecimal digits. Another file is not loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
+    pub sha256: Option<String>,
+    /// SPDX identifier of its licence. Policies read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub licence: Option<String>,
+    /// Memory that it takes: its file, and a KV cache like the model's. Absent: the plan leaves no room for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Quantity>,
 }
 
 fn default_concurrency() -> u32 {
@@ -333,6 +358,7 @@ impl Default for EngineSettings {
             kv_cache_tokens: None,
             prefix_cache: true,
             speculation: true,
+            draft: None,
             threads: None,
         }
     }

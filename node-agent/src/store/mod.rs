@@ -28,6 +28,7 @@ use tracing::{debug, info, warn};
 
 pub use error::{FetchModel, OpenStore};
 use layout::{Layout, Source};
+pub(crate) use verify::hash_reader;
 
 /// Settings of a store.
 #[derive(Clone, Debug)]

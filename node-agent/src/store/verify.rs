@@ -91,7 +91,7 @@ pub(super) async fn hash_file(
 }
 
 /// Feeds a reader to a hasher, in chunks.
-pub(super) fn hash_reader(mut reader: impl Read, mut report: impl FnMut(u64)) -> std::io::Result<Sha256> {
+pub(crate) fn hash_reader(mut reader: impl Read, mut report: impl FnMut(u64)) -> std::io::Result<Sha256> {
     let mut hasher = Sha256::new();
     let mut chunk = vec![0_u8; CHUNK_BYTES];
     let mut done = 0_u64;

@@ -190,6 +190,12 @@ impl Supervisor {
         if !engine.speculation {
             option("--speculate", "false".into());
         }
+        if let Some(draft) = &engine.draft {
+            option("--draft", draft.path.clone().into());
+            if let Some(sha256) = &draft.sha256 {
+                option("--draft-sha256", sha256.into());
+            }
+        }
         if let Some(threads) = engine.threads {
             option("--threads", threads.to_string().into());
         }

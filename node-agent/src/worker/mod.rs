@@ -17,12 +17,14 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use freehold_crds::Device;
 use freehold_crds::conditions::reason;
-use freehold_engine::{DeviceChoice, Engine, EngineOptions, KvType, LoadModel};
+use freehold_engine::{DeviceChoice, Engine, EngineOptions, InvalidModel, KvType, LoadModel};
 use freehold_gateway::worker::{WorkerFailed, WorkerLine, WorkerLoading, WorkerReady};
+use sha2::Digest;
 use tokio::net::UnixListener;
 use tracing::{error, info};
 
 use crate::store::facts::describe;
+use crate::store::hash_reader;
 
 /// Exit code of a worker whose next try would end the same way.
 pub(crate) const EXIT_PERMANENT: u8 = 3;
@@ -62,6 +64,12 @@ pub struct WorkerArgs {
     /// Guess the next tokens from the text so far, and check them
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     pub speculate: bool,
+    /// GGUF file of a smaller model with the same vocabulary, which guesses where the text gives no guess
+    #[arg(long)]
+    pub draft: Option<PathBuf>,
+    /// What the draft model's SHA-256 must be
+    #[arg(long, requires = "draft")]
+    pub draft_sha256: Option<String>,
     /// Threads that compute [default: as many as this process may keep busy]
     #[arg(long)]
     pub threads: Option<u32>,
@@ -123,7 +131,9 @@ fn load(args: &WorkerArgs) -> Result<(Engine, WorkerReady), LoadModel> {
         stage: "reading the model".to_owned(),
         fraction: 0.0,
     }));
+    check_draft(args)?;
     let options = EngineOptions {
+        draft: args.draft.clone(),
         device: match args.device {
             DeviceArg::Auto => DeviceChoice::Auto,
             DeviceArg::Cpu => DeviceChoice::Cpu,
@@ -162,8 +172,36 @@ fn load(args: &WorkerArgs) -> Result<(Engine, WorkerReady), LoadModel> {
 }
 
 /// The reason for the status, and whether a retry would end the same way.
+/// Checks the draft model's bytes. Those of the model itself the agent has checked.
+fn check_draft(args: &WorkerArgs) -> Result<(), LoadModel> {
+    let (Some(path), Some(expected)) = (&args.draft, &args.draft_sha256) else {
+        return Ok(());
+    };
+    let refuse = |problem: InvalidModel| LoadModel::Draft {
+        path: path.clone(),
+        source: Box::new(problem.into()),
+    };
+    let hashed = std::fs::File::open(path).and_then(|file| hash_reader(file, |_| ()));
+    let found = hashed.map_err(|source| {
+        refuse(InvalidModel::OpenFile {
+            path: path.clone(),
+            source,
+        })
+    })?;
+    let found = hex::encode(found.finalize());
+    if found == *expected {
+        return Ok(());
+    }
+    Err(refuse(InvalidModel::Inconsistent {
+        what: "its sha256".to_owned(),
+        found,
+        allowed: format!("{expected}, as spec.engine.draft.sha256 says"),
+    }))
+}
+
 fn classify(problem: &LoadModel) -> (&'static str, bool) {
     match problem {
+        LoadModel::Draft { source, .. } => classify(source),
         LoadModel::Invalid(_) | LoadModel::NotANumber => (reason::INVALID_MODEL, true),
         LoadModel::InvalidOption { .. } => (reason::INVALID_SPEC, true),
         LoadModel::Compute(_) | LoadModel::Allocate(_) | LoadModel::StartThread(_) => {
@@ -229,4 +267,46 @@ fn lower_privileges() {
 /// on, take their number from there.
 pub(crate) fn environment(threads: Option<u32>) -> Option<(OsString, OsString)> {
     threads.map(|threads| ("RAYON_NUM_THREADS".into(), threads.to_string().into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_draft_model_with_other_bytes_is_not_loaded() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            worker: WorkerArgs,
+        }
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut file, b"abc").unwrap();
+        let check = |sha256: &str| {
+            let path = file.path().to_str().unwrap();
+            let line = [
+                "w",
+                "--socket",
+                "/s",
+                "--model",
+                "/m",
+                "--context",
+                "64",
+                "--draft",
+                path,
+                "--draft-sha256",
+                sha256,
+            ];
+            check_draft(&<Line as clap::Parser>::parse_from(line).worker)
+        };
+        let right = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert!(check(right).is_ok());
+        let refused = check(&"0".repeat(64)).unwrap_err();
+        assert_eq!(classify(&refused), (reason::INVALID_MODEL, true));
+        let told = explain(&refused);
+        assert!(
+            told.contains(right) && told.contains("spec.engine.draft.sha256"),
+            "{told}"
+        );
+    }
 }

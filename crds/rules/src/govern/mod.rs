@@ -17,7 +17,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::ResourceExt;
 
 use crate::labels;
-use crate::validate::{Candidate, key_of};
+use crate::validate::{Candidate, DRAFT_FIELD, draft_source, key_of};
 
 /// What the policies say of one candidate of one deployment.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -166,7 +166,10 @@ pub fn deployment(
         };
         let rules = &policy.spec.rules;
         if let Some(rules) = &rules.supply_chain {
-            supply_chain(&mut report, candidate, rules);
+            supply_chain(&mut report, &candidate.model, &candidate.field, rules);
+            if let Some(draft) = &deployment.spec.engine.draft {
+                supply_chain(&mut report, &draft_source(draft), DRAFT_FIELD, rules);
+            }
             if policy.spec.enforcement == Enforcement::Enforce && !rules.allowed_formats.is_empty() {
                 let allowed = decision.allowed_formats.take();
                 let both =
@@ -235,8 +238,7 @@ impl Report<'_> {
     }
 }
 
-fn supply_chain(report: &mut Report<'_>, candidate: &Candidate, rules: &SupplyChainRules) {
-    let (model, field) = (&candidate.model, &candidate.field);
+fn supply_chain(report: &mut Report<'_>, model: &ModelSource, field: &str, rules: &SupplyChainRules) {
     let rule = |name: &str| format!("spec.supplyChain.{name}");
     let digest_field = format!("{field}.sha256");
     match &model.sha256 {
@@ -325,6 +327,28 @@ fn supply_chain(report: &mut Report<'_>, candidate: &Candidate, rules: &SupplyCh
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_supply_chain_of_a_draft_model_counts_too() {
+        let policy: GovernancePolicy = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "house"},
+            "spec": {"supplyChain": {"requireDigest": true}},
+        }))
+        .unwrap();
+        let digest = "a".repeat(64);
+        let deployed: ModelDeployment = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "chat", "namespace": "default"},
+            "spec": {
+                "model": {"path": "/m/large.gguf", "sha256": digest},
+                "engine": {"draft": {"path": "/m/small.gguf"}},
+            },
+        }))
+        .unwrap();
+        let validated = crate::validate::validate_deployment(&deployed).unwrap();
+        let decided = deployment(&deployed, &validated.candidates[0], &[&policy]);
+        let fields: Vec<&str> = decided.violations.iter().map(|v| v.field.as_str()).collect();
+        assert_eq!(fields, ["spec.engine.draft.sha256"]);
+    }
 
     #[test]
     fn patterns_match_whole_texts() {

@@ -49,19 +49,24 @@ pub fn estimate(facts: &ModelFacts, engine: &EngineSettings, memory_override: Op
     let kv_bytes = per_token.saturating_mul(tokens);
     let overhead_bytes = BASE_OVERHEAD_BYTES + facts.file_bytes / OVERHEAD_PART;
     let weight_bytes = facts.weight_bytes;
+    // What does not parse was refused before.
+    let draft_memory = engine.draft.as_ref().and_then(|draft| draft.memory.as_ref());
+    let draft_bytes = draft_memory.and_then(|memory| memory.bytes().ok());
     let sum = weight_bytes
         .saturating_add(kv_bytes)
-        .saturating_add(overhead_bytes);
+        .saturating_add(overhead_bytes)
+        .saturating_add(draft_bytes.unwrap_or(0));
     let total_bytes = memory_override.unwrap_or(sum);
     let kv_tokens = match engine.kv_cache_tokens {
         Some(_) => format!("{tokens} tokens for all requests"),
         None => format!("{context} tokens x {} requests", engine.concurrency),
     };
     let mut arithmetic = format!(
-        "{} weights + {} KV cache ({kv_tokens} x {per_token} B) + {} overhead = {}",
+        "{} weights + {} KV cache ({kv_tokens} x {per_token} B) + {} overhead{} = {}",
         mib(weight_bytes),
         mib(kv_bytes),
         mib(overhead_bytes),
+        draft_bytes.map_or_else(String::new, |bytes| format!(" + {} draft model", mib(bytes))),
         mib(sum),
     );
     if memory_override.is_some() {
@@ -91,6 +96,9 @@ pub fn mib(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use freehold_crds::common::Quantity;
+    use freehold_crds::model_deployment::DraftModel;
+
     use super::*;
 
     #[test]
@@ -117,6 +125,28 @@ mod tests {
             estimate.arithmetic,
             "100 MiB weights + 4 MiB KV cache (1024 tokens x 4 requests x 1024 B) + 53 MiB overhead = 157 MiB"
         );
+    }
+
+    #[test]
+    fn a_draft_model_takes_what_it_says() {
+        let draft = |memory: Option<&str>| EngineSettings {
+            draft: Some(DraftModel {
+                path: "/models/small.gguf".to_owned(),
+                memory: memory.map(|text| Quantity(text.to_owned())),
+                ..DraftModel::default()
+            }),
+            ..EngineSettings::default()
+        };
+        let facts = ModelFacts::default();
+        let without = estimate(&facts, &draft(None), None);
+        let with = estimate(&facts, &draft(Some("200Mi")), None);
+        assert_eq!(with.total_bytes, without.total_bytes + (200 << 20));
+        assert!(
+            with.arithmetic.contains(" + 200 MiB draft model = "),
+            "{}",
+            with.arithmetic
+        );
+        assert!(!without.arithmetic.contains("draft"));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use freehold_crds::model_deployment::{EngineSettings, ModelSource};
+use freehold_crds::common::Quantity;
+use freehold_crds::model_deployment::{DraftModel, EngineSettings, ModelSource};
 use freehold_crds::{GovernancePolicy, HealthProbe, ModelDeployment, ObjectKey};
 use kube::ResourceExt;
 
@@ -56,6 +57,19 @@ pub struct Candidate {
     pub model: ModelSource,
     /// Bytes of the file, where the spec says so.
     pub size_bytes: Option<u64>,
+}
+
+/// Field of the model that guesses.
+pub(crate) const DRAFT_FIELD: &str = "spec.engine.draft";
+
+/// A draft model as policies see models.
+pub(crate) fn draft_source(draft: &DraftModel) -> ModelSource {
+    ModelSource {
+        path: Some(draft.path.clone()),
+        sha256: draft.sha256.clone(),
+        licence: draft.licence.clone(),
+        ..ModelSource::default()
+    }
 }
 
 /// A deployment whose fields are sound.
@@ -127,6 +141,16 @@ pub fn validate_deployment(deployment: &ModelDeployment) -> Result<ValidatedDepl
             &variant.model,
             &mut errors,
         ));
+    }
+    if let Some(draft) = &spec.engine.draft {
+        candidate(None, DRAFT_FIELD.to_owned(), &draft_source(draft), &mut errors);
+        if let Some(Err(error)) = draft.memory.as_ref().map(Quantity::bytes) {
+            errors.push(invalid(
+                &format!("{DRAFT_FIELD}.memory"),
+                format!("{:?}", error.found),
+                error.to_string(),
+            ));
+        }
     }
     let memory = spec.placement.memory.as_ref().map(|quantity| quantity.bytes());
     let memory_override = memory.transpose().unwrap_or_else(|error| {
