@@ -11,4 +11,5 @@ mod names;
 mod policies;
 mod probes;
 mod properties;
+mod recorded;
 mod rollouts;
