@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use freehold_crds::governance_policy::{ExpressionRule, SupplyChainRules};
-use freehold_crds::health_probe::Check;
+use freehold_crds::health_probe::{Check, InferenceCheck};
 use freehold_crds::inference_node::{Instance, Phase};
 use freehold_crds::{HealthProbe, HealthProbeSpec};
 use freehold_rules::plan::Liveness;
@@ -142,13 +142,29 @@ fn policies_and_probes(recorded: &mut Recorded) {
     rules.status = Some(policy_status(&rules, &plan, &world.input, now()));
     record(recorded, "policy-invalid", "Failed", &rules);
 
-    let spec = HealthProbeSpec {
-        checks: vec![Check::default()],
-        ..HealthProbeSpec::default()
+    let check = Check {
+        name: "capital".to_owned(),
+        inference: Some(InferenceCheck {
+            prompt: "The capital of France is".to_owned(),
+            expect: Some("(?i)paris".to_owned()),
+            ..InferenceCheck::default()
+        }),
+        ..Check::default()
     };
-    let mut probe = HealthProbe::new("answers", spec);
+    let mut probe = HealthProbe::new(
+        "answers",
+        HealthProbeSpec {
+            checks: vec![check],
+            ..HealthProbeSpec::default()
+        },
+    );
     probe.metadata.namespace = Some("default".to_owned());
     probe.metadata.generation = Some(1);
+    probe.status = Some(probe_status(&probe, &plan, &world.input, now()));
+    record(recorded, "probe-held", "Current", &probe);
+    for check in &mut probe.spec.checks {
+        check.inference.as_mut().unwrap().expect = Some("(".to_owned());
+    }
     probe.status = Some(probe_status(&probe, &plan, &world.input, now()));
     record(recorded, "probe-invalid", "Failed", &probe);
 }
