@@ -79,6 +79,9 @@ pub struct AgentArgs {
     /// Age in seconds at which that token is renewed; half of its life if absent
     #[arg(long, env = "FREEHOLD_TOKEN_RENEW_SECONDS", requires = "token_file", value_parser = clap::value_parser!(u64).range(1..))]
     token_renew_seconds: Option<u64>,
+    /// Seconds without progress after which the agent aborts, to be started again; systemd watches by itself
+    #[arg(long, env = "FREEHOLD_WATCHDOG_SECONDS", value_parser = clap::value_parser!(u64).range(3..))]
+    watchdog_seconds: Option<u64>,
     /// Hugging Face hub or a mirror of it
     #[arg(long, env = "HF_ENDPOINT")]
     hub_endpoint: Option<String>,
@@ -121,6 +124,12 @@ fn label(text: &str) -> Result<(String, String), String> {
 }
 
 impl AgentArgs {
+    /// How long the agent may make no progress where no service manager watches it.
+    #[must_use]
+    pub fn watchdog(&self) -> Option<Duration> {
+        self.watchdog_seconds.map(Duration::from_secs)
+    }
+
     /// The settings, checked as far as they can be without the machine.
     ///
     /// # Errors

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(arguments: AgentArgs) -> anyhow::Result<()> {
+    let watchdog = arguments.watchdog();
     let config = arguments.into_config().map_err(anyhow::Error::msg)?;
     let client = kube::Client::try_default()
         .await
@@ -44,7 +45,7 @@ async fn run(arguments: AgentArgs) -> anyhow::Result<()> {
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
-        () = service::beat(&agent) => {}
+        () = service::beat(&agent, watchdog) => {}
     }
     service::stopping();
     shutdown.cancel();
