@@ -71,9 +71,22 @@ impl ApiServer {
     /// # Errors
     /// As [`Self::start`].
     pub async fn start_with(storage: Storage, users: &[User], arguments: &[String]) -> Result<Self> {
+        Self::start_at(Ipv4Addr::LOCALHOST, storage, users, arguments).await
+    }
+
+    /// The same at another of this machine's addresses, where other machines reach it too.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_at(
+        address: Ipv4Addr,
+        storage: Storage,
+        users: &[User],
+        arguments: &[String],
+    ) -> Result<Self> {
         let mut failure = None;
         for _ in 0..ATTEMPTS {
-            match Self::attempt(storage, users, arguments).await {
+            match Self::attempt(address, storage, users, arguments).await {
                 Ok(server) => return Ok(server),
                 Err(error) if format!("{error:#}").contains("address already in use") => {
                     failure = Some(error)
@@ -84,7 +97,12 @@ impl ApiServer {
         Err(failure.context("no attempt was made")?)
     }
 
-    async fn attempt(storage: Storage, users: &[User], arguments: &[String]) -> Result<Self> {
+    async fn attempt(
+        address: Ipv4Addr,
+        storage: Storage,
+        users: &[User],
+        arguments: &[String],
+    ) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("freehold-api-").tempdir()?;
         let path = folder.path();
         let (store, endpoint) = start_storage(storage, path).await?;
@@ -93,8 +111,8 @@ impl ApiServer {
         let file = |name: &str| path.join(name).display().to_string();
         let mut all = vec![
             format!("--etcd-servers={endpoint}"),
-            "--bind-address=127.0.0.1".to_owned(),
-            "--advertise-address=127.0.0.1".to_owned(),
+            format!("--bind-address={address}"),
+            format!("--advertise-address={address}"),
             "--endpoint-reconciler-type=none".to_owned(),
             format!("--secure-port={port}"),
             format!("--cert-dir={}", file("certificates")),
@@ -112,7 +130,7 @@ impl ApiServer {
         let program = Program::start("kube-apiserver", &part("kube-apiserver")?, &all, path)?;
         let mut server = Self {
             kubeconfig: path.join("kubeconfig"),
-            url: format!("https://127.0.0.1:{port}"),
+            url: format!("https://{address}:{port}"),
             authority: path.join("certificates/apiserver.crt"),
             programs: vec![program, store],
             folder,

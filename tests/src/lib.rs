@@ -8,5 +8,8 @@ pub mod api_server;
 pub mod child;
 pub mod exchange;
 pub mod likeness;
+pub mod machine;
+pub mod network;
 pub mod node;
 pub mod parts;
+pub mod person;
