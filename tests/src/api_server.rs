@@ -50,6 +50,8 @@ pub struct ApiServer {
     kubeconfig: PathBuf,
     url: String,
     authority: PathBuf,
+    arguments: Vec<String>,
+    /// kube-apiserver, then what keeps its objects.
     programs: Vec<Program>,
     folder: TempDir,
 }
@@ -132,6 +134,7 @@ impl ApiServer {
             kubeconfig: path.join("kubeconfig"),
             url: format!("https://{address}:{port}"),
             authority: path.join("certificates/apiserver.crt"),
+            arguments: all,
             programs: vec![program, store],
             folder,
         };
@@ -139,6 +142,30 @@ impl ApiServer {
         let owner = server.kubeconfig_of(OWNER)?;
         std::fs::write(&server.kubeconfig, serde_yaml::to_string(&owner)?)?;
         Ok(server)
+    }
+
+    /// Kills kube-apiserver; what keeps its objects stays.
+    pub fn kill(&mut self) {
+        if let Some(server) = self.programs.first_mut() {
+            server.kill();
+        }
+    }
+
+    /// Starts it again after [`Self::kill`], and waits until it is ready.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_again(&mut self) -> Result<()> {
+        let program = Program::start(
+            "kube-apiserver",
+            &part("kube-apiserver")?,
+            &self.arguments,
+            self.folder.path(),
+        )?;
+        if let Some(server) = self.programs.first_mut() {
+            *server = program;
+        }
+        self.until_ready().await
     }
 
     async fn until_ready(&mut self) -> Result<()> {

@@ -6,6 +6,7 @@
 
 pub mod api_server;
 pub mod child;
+pub mod cluster;
 pub mod exchange;
 pub mod likeness;
 pub mod machine;

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::child::Program;
 use crate::network::Space;
+use crate::node::remove_groups;
 
 /// A machine that is not up by then will not be.
 const START: Duration = Duration::from_secs(60);
@@ -102,9 +103,9 @@ impl Machine {
             .collect();
         // The namespace of control groups begins at the group that one is in.
         let script = format!(
-            "{} && exec ip netns exec {} unshare --mount --pid --fork --kill-child --cgroup --uts --ipc bash -c \"$1\" {SYSTEMD} \"$2\" \"$3\"",
+            "{} && exec {} unshare --mount --pid --fork --kill-child --cgroup --uts --ipc bash -c \"$1\" {SYSTEMD} \"$2\" \"$3\"",
             join.join(" && "),
-            space.name,
+            space.enter().join(" "),
         );
         let arguments = [
             "-c".to_owned(),
@@ -224,16 +225,6 @@ impl Drop for ControlGroups {
             }
         }
     }
-}
-
-/// A control group goes only when those in it are gone; its files cannot be removed.
-fn remove_groups(path: &Path) {
-    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_groups(&entry.path());
-        }
-    }
-    let _ = std::fs::remove_dir(path);
 }
 
 /// The systemd that a chain of programs which replaced each other has started.

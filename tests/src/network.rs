@@ -109,6 +109,14 @@ impl Network {
         format!("{}v{}", self.bridge, space.address.octets()[3])
     }
 
+    /// Lets this machine reach a subnet through a namespace. The route goes with the bridge.
+    ///
+    /// # Errors
+    /// When there is one.
+    pub fn route(&self, subnet: &str, via: &str) -> Result<()> {
+        run(&["route", "replace", subnet, "via", via, "dev", &self.bridge]).map(drop)
+    }
+
     /// Pulls a namespace's cable, or puts it back.
     ///
     /// # Errors
@@ -120,12 +128,28 @@ impl Network {
 }
 
 impl Space {
-    /// A command that runs inside.
+    /// What stands before a command that shall run inside. Unlike `ip netns exec` this leaves the mounts as they are,
+    /// control groups included.
     #[must_use]
-    pub fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.name]).arg(program);
-        command
+    pub fn enter(&self) -> [String; 3] {
+        [
+            "nsenter".to_owned(),
+            format!("--net=/run/netns/{}", self.name),
+            "--".to_owned(),
+        ]
+    }
+
+    /// Sets one of the kernel's settings inside, such as `net/ipv4/ip_forward`. Whether there is such a one.
+    ///
+    /// # Errors
+    /// When nsenter is missing.
+    pub fn set(&self, setting: &str, value: &str) -> Result<bool> {
+        let [nsenter, space, _] = self.enter();
+        let script = format!("echo {value} > /proc/sys/{setting}");
+        let output = Command::new(nsenter)
+            .args([&space, "sh", "-c", &script])
+            .output()?;
+        Ok(output.status.success())
     }
 
     /// One of `ip`'s own commands inside, such as `route add`.
