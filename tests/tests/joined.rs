@@ -488,7 +488,7 @@ async fn a_dry_run_shows_everything_and_does_nothing() {
     );
     let mut upgrade = arguments;
     upgrade[0] = "upgrade";
-    person.helm(&upgrade, "").unwrap();
+    person.helm(&upgrade, "admissionPolicy: {enabled: true}").unwrap();
 
     let shown = join("launchd").unwrap();
     assert!(
