@@ -6,6 +6,7 @@
 //! ```
 //! Needs root, and what `tests/cluster/parts.py` puts into the cache for `control` and `node`.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -63,6 +64,7 @@ impl Cluster {
             "--allow-privileged=true".to_owned(),
             // Pods reach the API server through its Service.
             "--endpoint-reconciler-type=master-count".to_owned(),
+            "--kubelet-preferred-address-types=InternalIP".to_owned(),
         ];
         let mut network = Network::new()?;
         let server = ApiServer::start_at(network.address(), storage, &users, &arguments).await?;
@@ -82,12 +84,28 @@ impl Cluster {
             let kubeconfig = cluster.server.kubeconfig_as(&kubelets[index])?;
             let folder = cluster.server.folder().join(name);
             let number = u8::try_from(index + 1)?;
-            let node = Node::start(name, number, &spaces[index], &kubeconfig, &proxy, &folder)?;
+            let host_folder = cluster.host_folder();
+            std::fs::create_dir_all(&host_folder)?;
+            let node = Node::start(
+                name,
+                number,
+                &spaces[index],
+                &kubeconfig,
+                &proxy,
+                &folder,
+                &host_folder,
+            )?;
             cluster.nodes.push(node);
         }
         cluster.route()?;
         cluster.until_ready().await?;
         Ok(cluster)
+    }
+
+    /// A path that leads to another folder on every node, for volumes of the host. Other paths are this machine's.
+    #[must_use]
+    pub fn host_folder(&self) -> PathBuf {
+        self.server.folder().join("host")
     }
 
     /// Every node and this machine know on which node a pod's address is.

@@ -23,6 +23,8 @@ pub struct Node {
     /// Its network.
     pub space: Space,
     folder: PathBuf,
+    /// A path that leads to another folder on every node, as every path does on machines.
+    host_folder: PathBuf,
     kubeconfig: PathBuf,
     /// First two numbers of its pods' addresses, and the third.
     pods: String,
@@ -43,12 +45,14 @@ impl Node {
         kubeconfig: &Path,
         proxy_kubeconfig: &Path,
         folder: &Path,
+        host_folder: &Path,
     ) -> Result<Self> {
-        std::fs::create_dir_all(folder)?;
+        std::fs::create_dir_all(folder.join("host"))?;
         let mut node = Self {
             name: name.to_owned(),
             space: space.clone(),
             folder: folder.to_owned(),
+            host_folder: host_folder.to_owned(),
             kubeconfig: kubeconfig.to_owned(),
             pods: format!("10.99.{number}"),
             kubelet: None,
@@ -110,7 +114,7 @@ impl Node {
         Ok(())
     }
 
-    /// Starts a program within the node's network.
+    /// Starts a program within the node's network, and its mounts once containerd has made them.
     fn program(
         &self,
         name: &str,
@@ -119,7 +123,27 @@ impl Node {
         arguments: &[String],
     ) -> Result<Program> {
         let [nsenter, space, end] = self.space.enter();
-        let mut all = vec![space, end, "env".to_owned()];
+        let mut all = vec![space];
+        match self.others.first() {
+            Some(containerd) => all.extend([format!("--mount=/proc/{}/ns/mnt", containerd.id()), end]),
+            None => {
+                let script = "mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"";
+                let unshare = [
+                    "unshare",
+                    "--mount",
+                    "--propagation",
+                    "private",
+                    "sh",
+                    "-c",
+                    script,
+                    "node",
+                ];
+                all.push(end);
+                all.extend(unshare.map(str::to_owned));
+                all.extend([self.path("host"), self.host_folder.display().to_string()]);
+            }
+        }
+        all.push("env".to_owned());
         all.extend_from_slice(environment);
         all.push(program.display().to_string());
         all.extend_from_slice(arguments);

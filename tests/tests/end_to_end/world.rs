@@ -19,6 +19,7 @@ pub const VALUES: &str = "
 image: {tag: 0.1.0, pullPolicy: Never}
 nodeAgent:
   log: info
+  store: {hostPath: STORE}
   extraVolumes: [{name: mine, hostPath: {path: MODELS}}]
   extraVolumeMounts: [{name: mine, mountPath: /models, readOnly: true}]
   pools:
@@ -54,7 +55,10 @@ impl World {
         person
             .kubectl(&["label", "node", &last, "freehold.dev/pool=attic"], "")
             .unwrap();
-        let values = VALUES.replace("MODELS", cache().join("models").to_str().unwrap());
+        let store = cluster.host_folder().join("store");
+        let values = VALUES
+            .replace("MODELS", cache().join("models").to_str().unwrap())
+            .replace("STORE", store.to_str().unwrap());
         Self {
             cluster,
             person,
@@ -75,7 +79,7 @@ impl World {
         if verb == "install" {
             arguments.push("--create-namespace");
         }
-        arguments.extend(["--wait", "--timeout", "3m"]);
+        arguments.extend(["--wait", "--timeout", "60s"]);
         arguments.extend(more);
         let said = self.person.helm(&arguments, &self.values);
         assert!(said.good, "{}\n{}\n{}", said.out, said.errors, self.pods());
