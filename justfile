@@ -81,3 +81,11 @@ bench-context *ARGS:
 perplexity *ARGS:
     cargo build --release --bin freehold
     python3 tests/peers/perplexity.py {{ARGS}}
+
+# The chart's images on a real cluster of this machine's own, and what befalls them (root, Linux, ten minutes)
+e2e:
+    tests/e2e
+
+# The same in two minutes
+e2e-short:
+    tests/e2e short

@@ -52,6 +52,8 @@ pub enum Command {
     Bench(commands::bench::Arguments),
     /// Say what a model file holds, what memory it needs, and whether it is sound
     Inspect(commands::inspect::Arguments),
+    /// Make this machine an agent of a cluster, without being a node of it
+    Node(commands::node::Arguments),
     /// Make an API key and the hash of it that a GovernancePolicy holds
     Key(commands::key::Arguments),
     /// Print the version
@@ -115,6 +117,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Doctor(arguments) => return commands::doctor::run(arguments).await,
         Command::Bench(arguments) => commands::bench::run(arguments).await?,
         Command::Inspect(arguments) => return commands::inspect::run(&arguments),
+        Command::Node(arguments) => commands::node::run(arguments).await?,
         Command::Key(arguments) => commands::key::run(&arguments),
         Command::Version => println!("freehold {}", env!("CARGO_PKG_VERSION")),
         Command::Completions { shell } => {

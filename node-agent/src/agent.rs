@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::routing::get;
@@ -23,15 +24,16 @@ use crate::metrics::Metrics;
 use crate::spec_file::SpecFile;
 use crate::status::{Publisher, Snapshot};
 use crate::store::ModelStore;
-use crate::supervisor::{self, Supervisor, Tools, run_dir};
+use crate::supervisor::{self, Supervisor, Tools, Wake, run_dir};
 use crate::watch::Observed;
-use crate::{heartbeat, inventory};
+use crate::{credential, heartbeat, inventory};
 
 /// A running agent.
 pub struct Agent {
     gateway_address: SocketAddr,
     gateway: Gateway,
     store: ModelStore,
+    supervisor: Wake,
     running: JoinHandle<()>,
 }
 
@@ -125,6 +127,7 @@ impl Agent {
             spec_sender,
             observed_sender,
         );
+        let credential = credential::run(client.clone(), config.credential.clone());
         let renewing = heartbeat::run(
             client,
             config.node,
@@ -132,6 +135,7 @@ impl Agent {
             config.heartbeat,
             Arc::clone(&metrics),
         );
+        let supervisor = wake.clone();
         let parts = Parts {
             supervisor: Supervisor::new(tools, (wake, inbox), spec, snapshot_sender),
             publisher,
@@ -144,14 +148,22 @@ impl Agent {
             AbortOnDropHandle::new(tokio::spawn(watching)),
             AbortOnDropHandle::new(tokio::spawn(renewing)),
             AbortOnDropHandle::new(tokio::spawn(measuring)),
+            AbortOnDropHandle::new(tokio::spawn(credential)),
         ];
         let running = tokio::spawn(parts.run(shutdown, background));
         Ok(Self {
             gateway_address,
             gateway,
             store,
+            supervisor,
             running,
         })
+    }
+
+    /// Whether the supervisor, which everything here waits for, still takes up what it is told. False when it
+    /// has not done so within `patience`.
+    pub async fn is_alive(&self, patience: Duration) -> bool {
+        self.supervisor.is_alive(patience).await
     }
 
     /// Where the gateway listens.
@@ -195,7 +207,7 @@ struct Parts {
 }
 
 impl Parts {
-    async fn run(self, shutdown: CancellationToken, background: [AbortOnDropHandle<()>; 3]) {
+    async fn run(self, shutdown: CancellationToken, background: [AbortOnDropHandle<()>; 4]) {
         let publishing = CancellationToken::new();
         let publisher = tokio::spawn(self.publisher.run(publishing.clone()));
         let monitoring = self.metrics.map(|(listener, metrics)| {

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use freehold_crds::{DEFAULT_GATEWAY_PORT, Quantity};
 
 use crate::config::{AgentConfig, POWERCAP};
+use crate::credential::Credential;
 use crate::energy::EnergyPrice;
 use crate::store::StoreOptions;
 use crate::worker::WorkerArgs;
@@ -72,6 +73,15 @@ pub struct AgentArgs {
     /// The kernel's folder of energy counters; a container needs the machine's own
     #[arg(long, env = "FREEHOLD_POWERCAP_DIR", default_value = POWERCAP)]
     powercap_dir: PathBuf,
+    /// File with the token of this machine's account, which the agent renews; `freehold node join` writes it
+    #[arg(long, env = "FREEHOLD_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
+    /// Age in seconds at which that token is renewed; half of its life if absent
+    #[arg(long, env = "FREEHOLD_TOKEN_RENEW_SECONDS", requires = "token_file", value_parser = clap::value_parser!(u64).range(1..))]
+    token_renew_seconds: Option<u64>,
+    /// Seconds without progress after which the agent aborts, to be started again; systemd watches by itself
+    #[arg(long, env = "FREEHOLD_WATCHDOG_SECONDS", value_parser = clap::value_parser!(u64).range(3..))]
+    watchdog_seconds: Option<u64>,
     /// Hugging Face hub or a mirror of it
     #[arg(long, env = "HF_ENDPOINT")]
     hub_endpoint: Option<String>,
@@ -114,6 +124,12 @@ fn label(text: &str) -> Result<(String, String), String> {
 }
 
 impl AgentArgs {
+    /// How long the agent may make no progress where no service manager watches it.
+    #[must_use]
+    pub fn watchdog(&self) -> Option<Duration> {
+        self.watchdog_seconds.map(Duration::from_secs)
+    }
+
     /// The settings, checked as far as they can be without the machine.
     ///
     /// # Errors
@@ -140,6 +156,10 @@ impl AgentArgs {
             energy_price: self.energy_price.map(|per_kilowatt_hour| EnergyPrice {
                 per_kilowatt_hour,
                 currency: self.energy_currency,
+            }),
+            credential: self.token_file.map(|token_file| Credential {
+                token_file,
+                renew_after: self.token_renew_seconds.map(Duration::from_secs),
             }),
             store: StoreOptions {
                 hub_endpoint,

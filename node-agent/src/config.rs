@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::credential::Credential;
 use crate::energy::EnergyPrice;
 use crate::store::StoreOptions;
 
@@ -47,6 +48,8 @@ pub struct AgentConfig {
     pub powercap_dir: PathBuf,
     /// What a kilowatt hour costs here, if that shall be told.
     pub energy_price: Option<EnergyPrice>,
+    /// The token that the agent keeps fresh itself; None where something else does, as the kubelet does.
+    pub credential: Option<Credential>,
 }
 
 impl AgentConfig {
@@ -67,6 +70,7 @@ impl AgentConfig {
             metrics_listen: None,
             powercap_dir: PathBuf::from(POWERCAP),
             energy_price: None,
+            credential: None,
         }
     }
 

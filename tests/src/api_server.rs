@@ -50,6 +50,8 @@ pub struct ApiServer {
     kubeconfig: PathBuf,
     url: String,
     authority: PathBuf,
+    arguments: Vec<String>,
+    /// kube-apiserver, then what keeps its objects.
     programs: Vec<Program>,
     folder: TempDir,
 }
@@ -71,9 +73,22 @@ impl ApiServer {
     /// # Errors
     /// As [`Self::start`].
     pub async fn start_with(storage: Storage, users: &[User], arguments: &[String]) -> Result<Self> {
+        Self::start_at(Ipv4Addr::LOCALHOST, storage, users, arguments).await
+    }
+
+    /// The same at another of this machine's addresses, where other machines reach it too.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_at(
+        address: Ipv4Addr,
+        storage: Storage,
+        users: &[User],
+        arguments: &[String],
+    ) -> Result<Self> {
         let mut failure = None;
         for _ in 0..ATTEMPTS {
-            match Self::attempt(storage, users, arguments).await {
+            match Self::attempt(address, storage, users, arguments).await {
                 Ok(server) => return Ok(server),
                 Err(error) if format!("{error:#}").contains("address already in use") => {
                     failure = Some(error)
@@ -84,7 +99,12 @@ impl ApiServer {
         Err(failure.context("no attempt was made")?)
     }
 
-    async fn attempt(storage: Storage, users: &[User], arguments: &[String]) -> Result<Self> {
+    async fn attempt(
+        address: Ipv4Addr,
+        storage: Storage,
+        users: &[User],
+        arguments: &[String],
+    ) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("freehold-api-").tempdir()?;
         let path = folder.path();
         let (store, endpoint) = start_storage(storage, path).await?;
@@ -93,8 +113,8 @@ impl ApiServer {
         let file = |name: &str| path.join(name).display().to_string();
         let mut all = vec![
             format!("--etcd-servers={endpoint}"),
-            "--bind-address=127.0.0.1".to_owned(),
-            "--advertise-address=127.0.0.1".to_owned(),
+            format!("--bind-address={address}"),
+            format!("--advertise-address={address}"),
             "--endpoint-reconciler-type=none".to_owned(),
             format!("--secure-port={port}"),
             format!("--cert-dir={}", file("certificates")),
@@ -112,8 +132,9 @@ impl ApiServer {
         let program = Program::start("kube-apiserver", &part("kube-apiserver")?, &all, path)?;
         let mut server = Self {
             kubeconfig: path.join("kubeconfig"),
-            url: format!("https://127.0.0.1:{port}"),
+            url: format!("https://{address}:{port}"),
             authority: path.join("certificates/apiserver.crt"),
+            arguments: all,
             programs: vec![program, store],
             folder,
         };
@@ -121,6 +142,30 @@ impl ApiServer {
         let owner = server.kubeconfig_of(OWNER)?;
         std::fs::write(&server.kubeconfig, serde_yaml::to_string(&owner)?)?;
         Ok(server)
+    }
+
+    /// Kills kube-apiserver; what keeps its objects stays.
+    pub fn kill(&mut self) {
+        if let Some(server) = self.programs.first_mut() {
+            server.kill();
+        }
+    }
+
+    /// Starts it again after [`Self::kill`], and waits until it is ready.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_again(&mut self) -> Result<()> {
+        let program = Program::start(
+            "kube-apiserver",
+            &part("kube-apiserver")?,
+            &self.arguments,
+            self.folder.path(),
+        )?;
+        if let Some(server) = self.programs.first_mut() {
+            *server = program;
+        }
+        self.until_ready().await
     }
 
     async fn until_ready(&mut self) -> Result<()> {

@@ -6,10 +6,14 @@
 
 pub mod api_server;
 pub mod child;
+pub mod cluster;
 pub mod exchange;
 pub mod likeness;
+pub mod machine;
+pub mod network;
 pub mod node;
 pub mod parts;
+pub mod person;
 
 use std::path::PathBuf;
 

@@ -1,76 +1,79 @@
-//! A whole cluster of one node: controllers, a scheduler, and a kubelet with containerd and a bridge.
+//! One node of a cluster: containerd, kubelet and kube-proxy in a network namespace of their own.
 //!
-//! Needs root, and what `tests/cluster/parts.py` puts into the cache for `control` and `node`. No container
-//! registry is asked: images come as OCI archives, see [`Node::import`].
+//! No container registry is asked: images come as OCI archives, see [`Node::import`].
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::Node as NodeObject;
-use kube::Api;
-use kube::runtime::wait::await_condition;
 
-use crate::api_server::{ApiServer, Storage, User};
 use crate::child::Program;
+use crate::network::Space;
 use crate::parts::part;
 
-/// A node that is not ready by then will not be.
-const START: Duration = Duration::from_secs(90);
-/// Its name.
-pub const NAME: &str = "node-1";
+/// A part that does not listen by then will not.
+const START: Duration = Duration::from_secs(60);
 
-/// A running node with its control plane. Dropping it ends all of it, containers included.
+/// A running node. Dropping it ends all of it, containers included.
 #[derive(Debug)]
 pub struct Node {
-    // In the order in which they are dropped: who would start containers again goes first.
-    programs: Vec<Program>,
+    /// Its name in the cluster.
+    pub name: String,
+    /// Its network.
+    pub space: Space,
     folder: PathBuf,
-    /// The API server that it belongs to.
-    pub server: ApiServer,
+    /// A path that leads to another folder on every node, as every path does on machines.
+    host_folder: PathBuf,
+    kubeconfig: PathBuf,
+    /// First two numbers of its pods' addresses, and the third.
+    pods: String,
+    kubelet: Option<Program>,
+    others: Vec<Program>,
+    groups: Vec<PathBuf>,
 }
 
 impl Node {
-    /// Starts everything and waits until the node is ready.
+    /// Starts one, whose pods get addresses of 10.99.`number`.0/24. It is not ready yet.
     ///
     /// # Errors
-    /// When a part is missing, this is not root, or the node does not become ready.
-    pub async fn start(storage: Storage) -> Result<Self> {
-        ensure!(
-            rustix::process::geteuid().is_root(),
-            "a real node needs root: it makes namespaces, control groups and a bridge"
-        );
-        let user = |name: &str, group: &str| User {
-            name: name.to_owned(),
-            groups: vec![group.to_owned()],
-        };
-        let controllers = user("system:kube-controller-manager", "system:masters");
-        let kubelet = user(&format!("system:node:{NAME}"), "system:nodes");
-        let allow = ["--allow-privileged=true".to_owned()];
-        let server = ApiServer::start_with(storage, &[controllers.clone(), kubelet.clone()], &allow).await?;
-        let folder = server.folder().join("node");
-        std::fs::create_dir_all(&folder)?;
+    /// When a part is missing or does not start.
+    pub fn start(
+        name: &str,
+        number: u8,
+        space: &Space,
+        kubeconfig: &Path,
+        proxy_kubeconfig: &Path,
+        folder: &Path,
+        host_folder: &Path,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(folder.join("host"))?;
         let mut node = Self {
-            programs: Vec::new(),
-            folder,
-            server,
+            name: name.to_owned(),
+            space: space.clone(),
+            folder: folder.to_owned(),
+            host_folder: host_folder.to_owned(),
+            kubeconfig: kubeconfig.to_owned(),
+            pods: format!("10.99.{number}"),
+            kubelet: None,
+            others: Vec::new(),
+            groups: Vec::new(),
         };
-        node.start_controllers(&controllers)?;
+        for setting in ["net/ipv4/ip_forward", "net/bridge/bridge-nf-call-iptables"] {
+            space.set(setting, "1")?;
+        }
+        node.make_groups()?;
         node.start_containerd()?;
         node.import(&part("node/pause.tar")?)?;
-        node.start_kubelet(&kubelet)?;
-        let client = node.server.client().await?;
-        let nodes: Api<NodeObject> = Api::all(client);
-        let ready = await_condition(nodes.clone(), NAME, |node: Option<&NodeObject>| {
-            let conditions = node.and_then(|node| node.status.as_ref()?.conditions.as_ref());
-            conditions.is_some_and(|list| list.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
-        });
-        if tokio::time::timeout(START, ready).await.is_err() {
-            let words: Vec<String> = node.programs.iter().map(Program::last_words).collect();
-            anyhow::bail!("the node was not ready within {START:?}:\n{}", words.join("\n"));
-        }
+        node.start_proxy(proxy_kubeconfig)?;
+        node.start_kubelet()?;
         Ok(node)
+    }
+
+    /// The subnet of its pods.
+    #[must_use]
+    pub fn pod_subnet(&self) -> String {
+        format!("{}.0/24", self.pods)
     }
 
     fn path(&self, name: &str) -> String {
@@ -81,30 +84,71 @@ impl Node {
         self.path("containerd.sock")
     }
 
-    fn start_controllers(&mut self, user: &User) -> Result<()> {
-        let kubeconfig = self.server.kubeconfig_as(user)?;
-        let server = |name: &str| self.server.folder().join(name).display().to_string();
-        let shared = [
-            format!("--kubeconfig={}", kubeconfig.display()),
-            "--leader-elect=false".to_owned(),
-            "--bind-address=127.0.0.1".to_owned(),
-            // Nobody reads them: the probes of these two.
-            "--secure-port=0".to_owned(),
-        ];
-        let mut controllers = shared.to_vec();
-        controllers.push(format!(
-            "--service-account-private-key-file={}",
-            server("service-account.key")
-        ));
-        controllers.push(format!("--root-ca-file={}", server("certificates/apiserver.crt")));
-        for (name, arguments) in [
-            ("kube-controller-manager", controllers),
-            ("kube-scheduler", shared.to_vec()),
-        ] {
-            self.programs
-                .push(Program::start(name, &part(name)?, &arguments, &self.folder)?);
+    fn group(&self) -> String {
+        self.space.name.clone()
+    }
+
+    /// The control groups under which its pods lie: kubelets that share them would end each other's pods.
+    fn make_groups(&mut self) -> Result<()> {
+        let root = Path::new("/sys/fs/cgroup");
+        let mut roots = vec![root.to_owned()];
+        if !root.join("cgroup.controllers").exists() {
+            let found = std::fs::read_dir(root).context("no control groups here")?;
+            roots = found
+                .flatten()
+                .map(|entry| entry.path())
+                .filter(|path| path.is_dir())
+                .collect();
+        }
+        for root in roots {
+            let group = root.join(self.group());
+            std::fs::create_dir_all(&group).with_context(|| format!("failed to make {}", group.display()))?;
+            // A group of processors and memory has none until it is told.
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                if let Ok(all) = std::fs::read(root.join(file)) {
+                    std::fs::write(group.join(file), all)?;
+                }
+            }
+            self.groups.push(group);
         }
         Ok(())
+    }
+
+    /// Starts a program within the node's network, and its mounts once containerd has made them.
+    fn program(
+        &self,
+        name: &str,
+        environment: &[String],
+        program: &Path,
+        arguments: &[String],
+    ) -> Result<Program> {
+        let [nsenter, space, end] = self.space.enter();
+        let mut all = vec![space];
+        match self.others.first() {
+            Some(containerd) => all.extend([format!("--mount=/proc/{}/ns/mnt", containerd.id()), end]),
+            None => {
+                let script = "mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"";
+                let unshare = [
+                    "unshare",
+                    "--mount",
+                    "--propagation",
+                    "private",
+                    "sh",
+                    "-c",
+                    script,
+                    "node",
+                ];
+                all.push(end);
+                all.extend(unshare.map(str::to_owned));
+                all.extend([self.path("host"), self.host_folder.display().to_string()]);
+            }
+        }
+        all.push("env".to_owned());
+        all.extend_from_slice(environment);
+        all.push(program.display().to_string());
+        all.extend_from_slice(arguments);
+        let nsenter = PathBuf::from("/usr/bin").join(nsenter);
+        Program::start(name, &nsenter, &all, &self.folder)
     }
 
     fn start_containerd(&mut self) -> Result<()> {
@@ -112,8 +156,9 @@ impl Node {
         let network = self.folder.join("network");
         std::fs::create_dir_all(&network)?;
         let list = serde_json::json!({"cniVersion": "0.4.0", "name": "freehold", "plugins": [
-            {"type": "bridge", "bridge": "freehold0", "isGateway": true, "ipam": {
-                "type": "host-local", "ranges": [[{"subnet": "10.99.0.0/24"}]], "dataDir": self.path("addresses"),
+            {"type": "bridge", "bridge": "pods0", "isGateway": true, "hairpinMode": true, "ipam": {
+                "type": "host-local", "ranges": [[{"subnet": self.pod_subnet()}]],
+                "routes": [{"dst": "0.0.0.0/0"}], "dataDir": self.path("addresses"),
             }},
         ]});
         std::fs::write(network.join("10-bridge.conflist"), list.to_string())?;
@@ -128,6 +173,8 @@ sandbox_image = "localhost/pause:1"
 # Without CAP_SYS_RESOURCE, as in many virtual machines, runc cannot lower a score.
 restrict_oom_score_adj = true
 disable_apparmor = true
+# In the folder of the test, and gone with it.
+netns_mounts_under_state_dir = true
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = {plugins:?}
 conf_dir = {network:?}
@@ -144,13 +191,13 @@ BinaryName = {runc:?}
         );
         let file = self.folder.join("containerd.toml");
         std::fs::write(&file, configuration)?;
-        let arguments = [
-            search_path(&parts),
-            program(&parts, "containerd").display().to_string(),
-            format!("--config={}", file.display()),
-        ];
-        let mut containerd =
-            Program::start("containerd", Path::new("/usr/bin/env"), &arguments, &self.folder)?;
+        let arguments = [format!("--config={}", file.display())];
+        let mut containerd = self.program(
+            "containerd",
+            &[search_path(&parts)],
+            &program(&parts, "containerd"),
+            &arguments,
+        )?;
         let begun = Instant::now();
         while !Path::new(&self.socket()).exists() {
             if let Some(why) = containerd.ended() {
@@ -162,33 +209,82 @@ BinaryName = {runc:?}
             );
             std::thread::sleep(Duration::from_millis(50));
         }
-        self.programs.push(containerd);
+        self.others.push(containerd);
         Ok(())
     }
 
-    fn start_kubelet(&mut self, user: &User) -> Result<()> {
+    /// Services become rules of nftables in the node's namespace.
+    fn start_proxy(&mut self, kubeconfig: &Path) -> Result<()> {
+        let parts = unpacked()?;
+        let configuration = serde_json::json!({
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration", "mode": "nftables",
+            "clientConnection": {"kubeconfig": kubeconfig}, "hostnameOverride": self.name,
+            "clusterCIDR": "10.99.0.0/16", "healthzBindAddress": "127.0.0.1:10256", "metricsBindAddress": "127.0.0.1:10249",
+            // The whole machine's, not this namespace's.
+            "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+        });
+        let file = self.folder.join("kube-proxy.json");
+        std::fs::write(&file, configuration.to_string())?;
+        let libraries = std::fs::read_dir(parts.join("usr/lib"))?
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| path.join("libnftables.so.1").exists())
+            .context("libnftables is missing: python3 tests/cluster/parts.py CACHE node")?;
+        let environment = [
+            search_path(&parts),
+            format!("LD_LIBRARY_PATH={}", libraries.display()),
+        ];
+        let arguments = [format!("--config={}", file.display())];
+        let proxy = self.program("kube-proxy", &environment, &part("kube-proxy")?, &arguments)?;
+        self.others.push(proxy);
+        Ok(())
+    }
+
+    /// Starts the kubelet, at first or after [`Self::kill_kubelet`].
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_kubelet(&mut self) -> Result<()> {
         let configuration = serde_json::json!({
             "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
-            "address": "127.0.0.1", "port": 0, "healthzPort": 0,
             "authentication": {"anonymous": {"enabled": true}, "webhook": {"enabled": false}},
             "authorization": {"mode": "AlwaysAllow"},
-            "cgroupDriver": "cgroupfs", "failCgroupV1": false, "failSwapOn": false, "enforceNodeAllocatable": [],
+            "cgroupDriver": "cgroupfs", "cgroupRoot": format!("/{}", self.group()),
+            "failCgroupV1": false, "failSwapOn": false, "enforceNodeAllocatable": [],
             "containerRuntimeEndpoint": format!("unix://{}", self.socket()),
             "resolvConf": "", "podLogsDir": self.path("logs"), "evictionHard": {"memory.available": "50Mi"},
+            "nodeStatusUpdateFrequency": "5s",
         });
         let file = self.folder.join("kubelet.json");
         std::fs::write(&file, configuration.to_string())?;
-        let kubeconfig = self.server.kubeconfig_as(user)?;
         let arguments = [
             format!("--config={}", file.display()),
-            format!("--kubeconfig={}", kubeconfig.display()),
+            format!("--kubeconfig={}", self.kubeconfig.display()),
             format!("--root-dir={}", self.path("kubelet")),
             format!("--cert-dir={}", self.path("kubelet-certificates")),
-            format!("--hostname-override={NAME}"),
+            format!("--hostname-override={}", self.name),
+            format!("--node-ip={}", self.space.address),
         ];
-        let kubelet = Program::start("kubelet", &part("kubelet")?, &arguments, &self.folder)?;
-        self.programs.insert(0, kubelet);
+        self.kubelet = Some(self.program("kubelet", &[], &part("kubelet")?, &arguments)?);
         Ok(())
+    }
+
+    /// Kills the kubelet; containers stay.
+    pub fn kill_kubelet(&mut self) {
+        self.kubelet = None;
+    }
+
+    /// Process ids of its programs by name.
+    #[must_use]
+    pub fn process_ids(&self) -> Vec<u32> {
+        self.kubelet.iter().chain(&self.others).map(Program::id).collect()
+    }
+
+    /// The ends of its logs.
+    #[must_use]
+    pub fn last_words(&self) -> String {
+        let programs = self.kubelet.iter().chain(&self.others);
+        programs.map(Program::last_words).collect::<Vec<_>>().join("\n")
     }
 
     /// Puts an OCI archive into the node's images. Pods use it with `imagePullPolicy: Never`.
@@ -201,7 +297,10 @@ BinaryName = {runc:?}
     }
 
     /// What containerd's own client says.
-    fn containerd(&self, arguments: &[&str]) -> Result<String> {
+    ///
+    /// # Errors
+    /// What it complains of.
+    pub fn containerd(&self, arguments: &[&str]) -> Result<String> {
         let parts = unpacked()?;
         let output = Command::new(program(&parts, "ctr"))
             .args(["--address", &self.socket(), "--namespace", "k8s.io"])
@@ -217,13 +316,11 @@ BinaryName = {runc:?}
 impl Drop for Node {
     fn drop(&mut self) {
         // The kubelet first, or it starts again what is stopped.
-        if let Some(kubelet) = self.programs.first_mut() {
-            kubelet.kill();
-        }
+        self.kubelet = None;
         for task in self.containerd(&["task", "ls", "-q"]).unwrap_or_default().lines() {
             let _ = self.containerd(&["task", "rm", "--force", task]);
         }
-        self.programs.clear();
+        self.others.clear();
         let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
         let inside = self.folder.display().to_string();
         let mut inside: Vec<&str> = mounts
@@ -235,8 +332,36 @@ impl Drop for Node {
         for path in inside.into_iter().rev() {
             let _ = Command::new("umount").args(["--lazy", path]).status();
         }
-        let _ = Command::new("ip").args(["link", "delete", "freehold0"]).output();
+        // Shims outlive containerd, and each has the folder in its arguments.
+        end_shims(&self.folder);
+        for group in &self.groups {
+            remove_groups(group);
+        }
     }
+}
+
+fn end_shims(folder: &Path) {
+    let inside = folder.display().to_string();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Ok(words) = std::fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
+        let words = String::from_utf8_lossy(&words);
+        if words.contains("containerd-shim") && words.contains(&inside) {
+            let process = entry.file_name().to_string_lossy().into_owned();
+            let _ = Command::new("kill").args(["-KILL", &process]).output();
+        }
+    }
+}
+
+/// A control group goes only when those in it are gone; its files cannot be removed.
+pub(crate) fn remove_groups(path: &Path) {
+    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_groups(&entry.path());
+        }
+    }
+    let _ = std::fs::remove_dir(path);
 }
 
 fn unpacked() -> Result<PathBuf> {

@@ -1,8 +1,8 @@
 //! Where the programs lie that `tests/cluster/parts.py` and `tests/fetch.py` put into the cache.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// This project's cache in the user's home.
 #[must_use]
@@ -10,6 +10,23 @@ pub fn cache() -> PathBuf {
     let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
     let base = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
     base.join("freehold")
+}
+
+/// A program of this workspace, from the folder of the tests' own programs.
+///
+/// # Errors
+/// When it was not built.
+pub fn own(program: &str) -> Result<PathBuf> {
+    // Tests lie in a folder beside the programs.
+    let test = std::env::current_exe()?;
+    let folder = test.parent().and_then(Path::parent);
+    let path = folder.map(|folder| folder.join(program));
+    path.filter(|path| path.is_file()).with_context(|| {
+        format!(
+            "no {program} lies near {}: cargo build --workspace --bins",
+            test.display()
+        )
+    })
 }
 
 /// A part of a real Kubernetes, such as `kube-apiserver`.

@@ -1,6 +1,6 @@
 //! What is written in the repository is what the code says: CRDs and examples.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use freehold::manifests;
 use freehold::sync;

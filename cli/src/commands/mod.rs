@@ -9,5 +9,6 @@ pub mod doctor;
 pub mod get;
 pub mod inspect;
 pub mod key;
+pub mod node;
 pub mod plan;
 pub mod up;

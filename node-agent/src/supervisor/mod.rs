@@ -78,6 +78,8 @@ pub(crate) enum Message {
         assignment: String,
         reply: oneshot::Sender<Result<(), String>>,
     },
+    /// Somebody asks whether this loop still turns.
+    Alive { reply: oneshot::Sender<()> },
 }
 
 /// What came from a worker.
@@ -100,6 +102,16 @@ pub(crate) struct Exit {
 #[derive(Clone, Debug)]
 pub(crate) struct Wake {
     messages: mpsc::Sender<Message>,
+}
+
+impl Wake {
+    /// Whether the supervisor took this up and went on, within `patience`.
+    pub(crate) async fn is_alive(&self, patience: Duration) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let asked =
+            async { self.messages.send(Message::Alive { reply }).await.is_ok() && answer.await.is_ok() };
+        tokio::time::timeout(patience, asked).await.unwrap_or(false)
+    }
 }
 
 impl Activator for Wake {
@@ -397,6 +409,8 @@ impl Supervisor {
                     let _ = reply.send(Err("this machine does not hold it any more".to_owned()));
                 }
             },
+            // Who asked may have lost patience; the next question follows.
+            Message::Alive { reply } => drop(reply.send(())),
         }
     }
 

@@ -8,7 +8,7 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 
-use crate::helm::{Person, chart};
+use freehold_tests::person::{Person, chart};
 
 const GROUP: &str = "/apis/freehold.dev/v1alpha1";
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/freehold-system/leases";

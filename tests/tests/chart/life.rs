@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use freehold_tests::api_server::{ApiServer, Storage};
 use serde_json::Value;
 
-use crate::helm::{Person, chart};
+use freehold_tests::person::{Person, chart};
 
 const KINDS: &str = "customresourcedefinitions,namespaces,clusterroles,clusterrolebindings,roles,rolebindings,serviceaccounts,services,deployments,daemonsets,networkpolicies,poddisruptionbudgets,validatingadmissionpolicies,validatingadmissionpolicybindings";
 const RELEASE: [&str; 4] = ["--namespace", "models", "--create-namespace", "--wait=hookOnly"];

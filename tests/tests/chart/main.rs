@@ -10,7 +10,6 @@
 )]
 
 mod agents;
-mod helm;
 mod life;
 mod operator;
 mod rendered;

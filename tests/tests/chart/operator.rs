@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use crate::agents::{fleet, token};
-use crate::helm::{Person, chart, objects};
+use freehold_tests::person::{Person, chart, objects};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Granted, and not used in the minute that this test takes.

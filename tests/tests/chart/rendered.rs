@@ -3,7 +3,7 @@
 use freehold_tests::api_server::{ApiServer, Storage, install};
 use serde_json::{Value, json};
 
-use crate::helm::{Person, chart, objects};
+use freehold_tests::person::{Person, chart, objects};
 
 /// Values by what they are about.
 const MATRIX: &[(&str, &str)] = &[

@@ -12,4 +12,5 @@ mod names;
 mod policies;
 mod probes;
 mod properties;
+mod recorded;
 mod rollouts;

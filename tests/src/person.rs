@@ -1,32 +1,42 @@
 //! Running helm and kubectl as a person would.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use freehold_tests::parts::{kubectl, part};
+use crate::parts::{kubectl, part};
 use serde_json::Value;
 
 /// The chart of this tree.
+#[must_use]
 pub fn chart() -> PathBuf {
-    freehold_tests::folder().join("../charts/freehold")
+    crate::folder().join("../charts/freehold")
 }
 
 /// Who runs commands, and against what.
+#[derive(Debug)]
 pub struct Person {
     kubeconfig: Option<PathBuf>,
     home: tempfile::TempDir,
 }
 
 /// What a command said.
+#[derive(Debug)]
 pub struct Said {
+    /// Whether it ended well.
     pub good: bool,
+    /// What it printed.
     pub out: String,
+    /// What it complained of.
     pub errors: String,
 }
 
 impl Said {
-    fn of(output: &Output) -> Self {
+    /// What a program said that has ended.
+    #[must_use]
+    pub fn of(output: &Output) -> Self {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Self {
             good: output.status.success(),
@@ -49,6 +59,8 @@ impl Said {
 }
 
 impl Person {
+    /// One with this kubeconfig, or with none.
+    #[must_use]
     pub fn new(kubeconfig: Option<&Path>) -> Self {
         Self {
             kubeconfig: kubeconfig.map(Path::to_owned),
@@ -56,7 +68,9 @@ impl Person {
         }
     }
 
-    fn run(&self, program: &Path, arguments: &[&str], input: &str) -> Said {
+    /// Any program, with this on its standard input.
+    #[must_use]
+    pub fn run(&self, program: &Path, arguments: &[&str], input: &str) -> Said {
         let mut command = Command::new(program);
         command
             .args(arguments)
@@ -76,6 +90,7 @@ impl Person {
     }
 
     /// helm, with values in YAML.
+    #[must_use]
     pub fn helm(&self, arguments: &[&str], values: &str) -> Said {
         let file = self.home.path().join("values.yaml");
         std::fs::write(&file, values).unwrap();
@@ -90,11 +105,14 @@ impl Person {
         self.run(&part("helm").unwrap(), &all, "")
     }
 
+    /// kubectl, with this on its standard input.
+    #[must_use]
     pub fn kubectl(&self, arguments: &[&str], input: &str) -> Said {
         self.run(&kubectl().unwrap(), arguments, input)
     }
 
     /// Objects as kubectl gives them.
+    #[must_use]
     pub fn get(&self, arguments: &[&str]) -> Vec<Value> {
         let mut all = vec!["get", "-o", "json"];
         all.extend(arguments);
@@ -107,6 +125,7 @@ impl Person {
 }
 
 /// The objects of a manifest.
+#[must_use]
 pub fn objects(manifest: &str) -> Vec<Value> {
     manifest
         .split("\n---")

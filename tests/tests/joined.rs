@@ -1,0 +1,526 @@
+//! A machine beside the cluster: joined by the command, run by a real systemd, and gone without a trace.
+//!
+//! The API server is on the other end of a cable (a veth): the machine reaches nothing else of this one.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, its helpers too"
+)]
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use freehold_node_agent::credential::Claims;
+use freehold_tests::api_server::{ApiServer, Storage};
+use freehold_tests::child::Program;
+use freehold_tests::machine::Machine;
+use freehold_tests::network::{Network, Space};
+use freehold_tests::parts::own;
+use freehold_tests::person::{Person, Said, chart};
+use kube::Client;
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const UNIT: &str = "freehold-node-agent";
+const TOKEN: &str = "/var/lib/private/freehold/credential/token";
+/// The file that runs, as `freehold node` installed it.
+const INSTALLED: &str = "/usr/local/bin/freehold-node-agent";
+
+/// A cluster with the chart and an operator, and a machine beside it.
+struct Stage {
+    machine: Machine,
+    person: Person,
+    server: ApiServer,
+    programs: PathBuf,
+    space: Space,
+    _operator: Program,
+    _network: Network,
+}
+
+impl Stage {
+    async fn set() -> Self {
+        let programs = own("freehold-node-agent").unwrap();
+        own("freehold").unwrap();
+        let operator = own("freehold-operator").unwrap();
+        let programs = programs.parent().unwrap().to_owned();
+        let mut network = Network::new().unwrap();
+        let space = network.space().unwrap();
+        let server = ApiServer::start_at(network.address(), Storage::Kine, &[], &[])
+            .await
+            .unwrap();
+        let person = Person::new(Some(server.kubeconfig()));
+        let chart = chart();
+        let arguments = [
+            "install",
+            "freehold",
+            chart.to_str().unwrap(),
+            "--namespace",
+            "freehold-system",
+            "--create-namespace",
+        ];
+        person.helm(&arguments, "").unwrap();
+        // No node runs the chart's operator: this is it, with its owner's rights.
+        let arguments = [
+            format!("KUBECONFIG={}", server.kubeconfig().display()),
+            operator.display().to_string(),
+        ];
+        let env = Path::new("/usr/bin/env");
+        let operator = Program::start("operator", env, &arguments, server.folder()).unwrap();
+        let machine = Machine::start(&space, &programs).unwrap();
+        Self {
+            machine,
+            person,
+            server,
+            programs,
+            space,
+            _operator: operator,
+            _network: network,
+        }
+    }
+
+    /// A command of the machine's owner.
+    fn on(&self, command: &[&str], input: &str) -> Said {
+        Said::of(&self.machine.run(command, input).unwrap())
+    }
+
+    fn freehold(&self, arguments: &[&str], input: &str) -> Said {
+        let mut all = vec!["/opt/freehold/freehold", "node"];
+        all.extend(arguments);
+        self.on(&all, input)
+    }
+
+    /// A property of the unit.
+    fn unit(&self, property: &str) -> String {
+        let property = format!("--property={property}");
+        let shown = self.on(&["systemctl", "show", "--value", &property, UNIT], "");
+        shown.unwrap().trim().to_owned()
+    }
+
+    fn process(&self) -> u32 {
+        self.unit("MainPID").parse().unwrap()
+    }
+
+    /// Waits for something to be so, and says what was last seen if it never is.
+    async fn until<T>(&self, what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
+        let begun = Instant::now();
+        loop {
+            match look() {
+                Ok(found) => return found,
+                Err(last) => assert!(
+                    begun.elapsed() < PATIENCE,
+                    "{what}: not within {PATIENCE:?}; last seen: {last}\n{}",
+                    self.log()
+                ),
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    fn log(&self) -> String {
+        self.on(&["journalctl", "--unit", UNIT, "--lines", "30", "--no-pager"], "")
+            .out
+    }
+
+    fn token(&self) -> String {
+        std::fs::read_to_string(self.machine.path(TOKEN)).unwrap()
+    }
+
+    /// The machine as the cluster sees it.
+    fn seen(&self) -> Vec<Value> {
+        self.person.get(&["inferencenodes"])
+    }
+}
+
+/// The code of an attempt to apply something.
+async fn apply(client: &Client, path: &str, body: &Value) -> u16 {
+    let request = http::Request::patch(format!("{path}?fieldManager=test&force=true"))
+        .header("Content-Type", "application/apply-patch+yaml")
+        .body(body.to_string().into_bytes())
+        .unwrap();
+    match client.request_text(request).await {
+        Ok(_) => 200,
+        Err(kube::Error::Api(status)) => status.code,
+        Err(other) => panic!("{path}: {other}"),
+    }
+}
+
+fn lease(name: &str) -> (String, Value) {
+    let body = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": name},
+        "spec": {"holderIdentity": name, "leaseDurationSeconds": 40}});
+    let path = format!("/apis/coordination.k8s.io/v1/namespaces/freehold-system/leases/{name}");
+    (path, body)
+}
+
+fn status(name: &str) -> (String, Value) {
+    let body = json!({"apiVersion": "freehold.dev/v1alpha1", "kind": "InferenceNode", "metadata": {"name": name}, "status": {"conditions": []}});
+    (
+        format!("/apis/freehold.dev/v1alpha1/inferencenodes/{name}/status"),
+        body,
+    )
+}
+
+/// Joins by a join token, as an owner does whose machine never sees the administrator's kubeconfig.
+async fn joins(stage: &Stage) {
+    let join_token = stage
+        .person
+        .run(&stage.programs.join("freehold"), &["node", "token", "attic"], "")
+        .unwrap();
+    let refused = stage
+        .freehold(&["join", "--token", "-"], "freehold-join-1.abc")
+        .unwrap_err();
+    assert!(refused.contains("the join token is damaged"), "{refused}");
+
+    let begun = Instant::now();
+    let said = stage.freehold(
+        &[
+            "join",
+            "--token",
+            "-",
+            "--renew-after",
+            "5",
+            "--label",
+            "room=attic",
+        ],
+        &join_token,
+    );
+    println!("{}\njoined in {:.1?}", said.unwrap(), begun.elapsed());
+    assert_eq!(stage.unit("ActiveState"), "active");
+    let verified = stage.on(&["systemd-analyze", "verify", &format!("{UNIT}.service")], "");
+    assert_eq!(
+        (verified.good, verified.errors.as_str()),
+        (true, ""),
+        "{}",
+        verified.out
+    );
+    assert_eq!(stage.unit("UnitFileState"), "enabled");
+
+    let machine = stage
+        .until("the cluster sees it ready", || {
+            let seen = stage.seen();
+            let ready = |machine: &&Value| {
+                let conditions = machine["status"]["conditions"]
+                    .as_array()
+                    .cloned()
+                    .unwrap_or_default();
+                conditions
+                    .iter()
+                    .any(|c| c["type"] == "Ready" && c["status"] == "True")
+            };
+            seen.iter()
+                .find(ready)
+                .cloned()
+                .ok_or_else(|| json!(seen).to_string())
+        })
+        .await;
+    assert_eq!(machine["metadata"]["name"], "attic");
+    assert_eq!(machine["metadata"]["labels"]["room"], "attic");
+    let address = format!("http://{}:11480", stage.space.address);
+    assert_eq!(machine["status"]["gatewayAddress"], address.as_str());
+    let status = stage.freehold(&["status"], "").unwrap();
+    assert!(
+        status.contains("Gateway     answers") && status.contains("Ready=True"),
+        "{status}"
+    );
+    let again = stage.freehold(&["join", "--node", "cellar", "--token", "-"], &join_token);
+    assert!(again.unwrap_err().contains("cannot be used with"));
+}
+
+/// Its process has no rights on the machine but to its own folder.
+fn is_confined(stage: &Stage) {
+    let process = stage.machine.path(&format!("/proc/{}/status", stage.process()));
+    let facts = std::fs::read_to_string(process).unwrap();
+    let fact = |name: &str| -> String {
+        let line = facts.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().to_owned()
+    };
+    assert_ne!(fact("Uid:"), "0");
+    assert_eq!(fact("NoNewPrivs:"), "1");
+    assert_eq!(u64::from_str_radix(&fact("CapBnd:"), 16).unwrap(), 0);
+    let mode = std::fs::metadata(stage.machine.path(TOKEN))
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+async fn renews_its_token(stage: &Stage) {
+    let first = Claims::of(&stage.token()).unwrap();
+    assert_eq!(first.account, "freehold-host-attic");
+    let mut last = first.clone();
+    for _ in 0..2 {
+        last = stage
+            .until("the token is renewed", || {
+                let now = Claims::of(&stage.token()).unwrap();
+                if now.issued > last.issued {
+                    Ok(now)
+                } else {
+                    Err(format!("{now:?}"))
+                }
+            })
+            .await;
+    }
+    assert!(last.expires > first.expires);
+    let life = |claims: &Claims| claims.expires.as_second() - claims.issued.as_second();
+    assert_eq!(
+        life(&last),
+        life(&first),
+        "it does not shrink from one to the next"
+    );
+    let folder = stage.machine.path("/var/lib/private/freehold/credential");
+    let mut names: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["kubeconfig", "node", "token"]);
+}
+
+async fn writes_for_itself_alone(stage: &Stage) {
+    let client = stage.server.client_of(stage.token().trim()).await.unwrap();
+    for (path, body) in [lease("attic"), status("attic")] {
+        assert_eq!(apply(&client, &path, &body).await, 200, "{path}");
+    }
+    let other = json!({"apiVersion": "freehold.dev/v1alpha1", "kind": "InferenceNode", "metadata": {"name": "cellar"}, "spec": {}});
+    stage
+        .person
+        .kubectl(&["apply", "-f", "-"], &other.to_string())
+        .unwrap();
+    for (path, body) in [lease("cellar"), status("cellar"), lease("freehold-operator")] {
+        assert_eq!(apply(&client, &path, &body).await, 403, "{path}");
+    }
+    stage
+        .person
+        .kubectl(&["delete", "inferencenode", "cellar"], "")
+        .unwrap();
+}
+
+/// One that crashes and one that hangs are started again.
+async fn is_started_again(stage: &Stage) {
+    let drop_in = stage
+        .machine
+        .path("/etc/systemd/system/freehold-node-agent.service.d/test.conf");
+    std::fs::create_dir_all(drop_in.parent().unwrap()).unwrap();
+    std::fs::write(&drop_in, "[Service]\nWatchdogSec=3\nRestartSec=1\n").unwrap();
+    stage.on(&["systemctl", "daemon-reload"], "").unwrap();
+    stage.on(&["systemctl", "restart", UNIT], "").unwrap();
+    for (signal, why) in [("-KILL", "a crash"), ("-STOP", "a hang")] {
+        let before = stage.process();
+        stage.on(&["kill", signal, &before.to_string()], "").unwrap();
+        stage
+            .until(why, || {
+                let (now, state) = (stage.process(), stage.unit("ActiveState"));
+                let new = now != 0 && now != before && state == "active";
+                if new {
+                    Ok(())
+                } else {
+                    Err(format!("process {now}, was {before}, {state}"))
+                }
+            })
+            .await;
+    }
+    // Without trouble it is left alone: three times the limit.
+    let (process, begun) = (stage.process(), Instant::now());
+    while begun.elapsed() < Duration::from_secs(9) {
+        assert_eq!(stage.process(), process, "{}", stage.log());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    std::fs::remove_file(&drop_in).unwrap();
+    stage.on(&["systemctl", "daemon-reload"], "").unwrap();
+}
+
+fn upgrades_and_rolls_back(stage: &Stage) {
+    let agent = std::fs::read(stage.programs.join("freehold-node-agent")).unwrap();
+    let broken = "#!/bin/sh\n[ \"$1\" = --version ] && echo freehold-node-agent 9.9.9 && exit 0\nexit 1\n";
+    let put = |name: &str, content: &[u8]| {
+        let path = stage.machine.path(&format!("/root/{name}"));
+        std::fs::write(&path, content).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    put("broken", broken.as_bytes());
+    // What follows the program's last byte is never read.
+    let newer = [agent.as_slice(), b"newer"].concat();
+    put("newer", &newer);
+    let installed = || std::fs::read(stage.machine.path(INSTALLED)).unwrap();
+
+    let refused = stage
+        .freehold(&["upgrade", "--agent", "/root/broken"], "")
+        .unwrap_err();
+    assert!(
+        refused.contains("9.9.9") && refused.contains("was put back and runs"),
+        "{refused}"
+    );
+    assert!(installed() == agent);
+    assert_eq!(stage.unit("ActiveState"), "active");
+
+    let before = stage.process();
+    let said = stage
+        .freehold(&["upgrade", "--agent", "/root/newer"], "")
+        .unwrap();
+    assert!(said.contains("attic runs"), "{said}");
+    assert!(installed() == newer);
+    assert_ne!(stage.process(), before);
+    assert!(!stage.machine.path(&format!("{INSTALLED}.previous")).exists());
+    let said = stage
+        .freehold(&["upgrade", "--agent", "/root/newer"], "")
+        .unwrap();
+    assert!(said.contains("already"), "{said}");
+}
+
+/// Names of all that joining makes in a cluster.
+fn accounts(person: &Person) -> Vec<String> {
+    let kinds = "serviceaccounts,roles,rolebindings,clusterrolebindings";
+    let found = person.get(&[kinds, "-A", "-l", "app.kubernetes.io/component=host-agent"]);
+    found
+        .iter()
+        .map(|object| format!("{} {}", object["kind"], object["metadata"]["name"]))
+        .collect()
+}
+
+async fn leaves_nothing(stage: &Stage) {
+    assert_eq!(accounts(&stage.person).len(), 5);
+    let kubeconfig = std::fs::read_to_string(stage.server.kubeconfig()).unwrap();
+    // The machine sees no folder of this one's that is younger than itself.
+    let authority = stage.server.folder().join("certificates/apiserver.crt");
+    let kubeconfig = kubeconfig.replace(&authority.display().to_string(), "/root/authority.crt");
+    std::fs::write(stage.machine.path("/root/kubeconfig"), kubeconfig).unwrap();
+    std::fs::copy(authority, stage.machine.path("/root/authority.crt")).unwrap();
+
+    let refused = stage.freehold(&["leave"], "").unwrap_err();
+    assert!(refused.contains("--local-only"), "{refused}");
+    assert_eq!(stage.unit("ActiveState"), "active", "a refusal changes nothing");
+    let said = stage
+        .freehold(&["leave", "--purge", "--kubeconfig", "/root/kubeconfig"], "")
+        .unwrap();
+    println!("{said}");
+    assert_eq!(accounts(&stage.person), Vec::<String>::new());
+    assert_eq!(stage.unit("LoadState"), "not-found");
+    for path in [
+        INSTALLED,
+        "/usr/local/bin/freehold-node-agent.previous",
+        "/etc/freehold",
+        "/etc/systemd/system/freehold-node-agent.service",
+        "/etc/systemd/system/multi-user.target.wants/freehold-node-agent.service",
+        "/var/lib/freehold",
+        "/var/lib/private/freehold",
+    ] {
+        assert!(
+            std::fs::symlink_metadata(stage.machine.path(path)).is_err(),
+            "{path} is left"
+        );
+    }
+    // The operator, which is awake, does not bring it back.
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(3) {
+        assert_eq!(stage.seen(), Vec::<Value>::new());
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    assert_eq!(
+        stage
+            .person
+            .get(&[
+                "leases",
+                "-n",
+                "freehold-system",
+                "--field-selector=metadata.name=attic"
+            ])
+            .len(),
+        0
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs root and systemd's program"]
+async fn a_machine_joins_works_is_upgraded_and_leaves() {
+    let stage = Stage::set().await;
+    joins(&stage).await;
+    is_confined(&stage);
+    renews_its_token(&stage).await;
+    writes_for_itself_alone(&stage).await;
+    is_started_again(&stage).await;
+    upgrades_and_rolls_back(&stage);
+    leaves_nothing(&stage).await;
+}
+
+/// On a Mac the same files lie elsewhere, and a property list takes the unit's place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dry_run_shows_everything_and_does_nothing() {
+    let server = ApiServer::start(Storage::Kine).await.unwrap();
+    let person = Person::new(Some(server.kubeconfig()));
+    let freehold = own("freehold").unwrap();
+    let join = |platform: &str| {
+        person.run(
+            &freehold,
+            &[
+                "node",
+                "join",
+                "--dry-run",
+                "--node",
+                "mac",
+                "--platform",
+                platform,
+                "--label",
+                "a=<&>",
+            ],
+            "",
+        )
+    };
+    let refused = join("launchd").unwrap_err();
+    assert!(refused.contains("chart is not installed"), "{refused}");
+    let chart = chart();
+    let arguments = [
+        "install",
+        "freehold",
+        chart.to_str().unwrap(),
+        "--namespace",
+        "models",
+        "--create-namespace",
+    ];
+    person
+        .helm(&arguments, "admissionPolicy: {enabled: false}")
+        .unwrap();
+    let refused = join("launchd").unwrap_err();
+    assert!(
+        refused.contains("without it this machine could write for every other"),
+        "{refused}"
+    );
+    let mut upgrade = arguments;
+    upgrade[0] = "upgrade";
+    person.helm(&upgrade, "admissionPolicy: {enabled: true}").unwrap();
+
+    let shown = join("launchd").unwrap();
+    assert!(
+        shown.contains("name: freehold-host-mac") && shown.contains("namespace: models"),
+        "{shown}"
+    );
+    let begin = shown.find("<?xml").unwrap();
+    let end = shown.find("</plist>").unwrap() + "</plist>".len();
+    let read = "import json, plistlib, sys; print(json.dumps(plistlib.loads(sys.stdin.buffer.read())))";
+    let plist = person
+        .run(
+            Path::new("/usr/bin/env"),
+            &["python3", "-c", read],
+            &shown[begin..end],
+        )
+        .unwrap();
+    let plist: Value = serde_json::from_str(&plist).unwrap();
+    assert_eq!(plist["Label"], "dev.freehold.node-agent");
+    assert_eq!(plist["ProgramArguments"], json!([INSTALLED]));
+    assert_eq!(plist["KeepAlive"], json!({"SuccessfulExit": false}));
+    assert_eq!(plist["RunAtLoad"], true);
+    let settings = &plist["EnvironmentVariables"];
+    assert_eq!(settings["FREEHOLD_NODE"], "mac");
+    assert_eq!(settings["FREEHOLD_LABELS"], "a=<&>");
+    assert_eq!(settings["FREEHOLD_WATCHDOG_SECONDS"], "60");
+    assert_eq!(
+        settings["FREEHOLD_TOKEN_FILE"],
+        "/usr/local/var/freehold/credential/token"
+    );
+
+    let shown = join("systemd").unwrap();
+    assert!(shown.contains("would be run: systemctl daemon-reload"), "{shown}");
+    assert!(!shown.contains("eyJ"), "a dry run has no token: {shown}");
+    assert_eq!(accounts(&person), Vec::<String>::new());
+}
