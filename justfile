@@ -60,9 +60,13 @@ bench-model FILE *ARGS:
 soak SECONDS="1800":
     FREEHOLD_SOAK_SECONDS={{SECONDS}} cargo test -p freehold-engine --test soak -- --nocapture
 
-# Decoding with and without guesses, on text that repeats and text that does not
-bench-speculation MODEL RUNS="5":
-    cargo run --release -p freehold-engine --example bench_speculation -- {{MODEL}} {{RUNS}}
+# Fuzzers of model files, templates, texts and requests, SECONDS each; what they find lies in tests/fuzz/artifacts
+fuzz SECONDS="300":
+    tests/fuzz/run {{SECONDS}}
+
+# Decoding with and without guesses, on text that repeats and text that does not; `DRAFT`: a model that guesses
+bench-speculation MODEL RUNS="5" *DRAFT:
+    cargo run --release -p freehold-engine --example bench_speculation -- {{MODEL}} {{RUNS}} {{DRAFT}}
 
 # What following a schema costs while decoding
 bench-constrained MODEL RUNS="5":

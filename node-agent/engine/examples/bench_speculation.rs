@@ -1,9 +1,9 @@
 //! Decoding with and without guesses, in turn, on text that repeats and on text that does not.
 //!
-//! `bench_speculation MODEL.gguf [RUNS]`: medians of tokens a second.
+//! `bench_speculation MODEL.gguf [RUNS] [DRAFT.gguf]`: medians of tokens a second.
 
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 
 use freehold_engine::{
@@ -57,15 +57,17 @@ fn prompts() -> Vec<(&'static str, Prompt)> {
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let Some(path) = arguments.next() else {
-        eprintln!("usage: bench_speculation MODEL.gguf [RUNS]");
+        eprintln!("usage: bench_speculation MODEL.gguf [RUNS] [DRAFT.gguf]");
         std::process::exit(2);
     };
     let runs = arguments.next().and_then(|runs| runs.parse().ok()).unwrap_or(5);
+    let draft = arguments.next().map(PathBuf::from);
     let engines = [false, true].map(|speculate| {
         let options = EngineOptions {
             context_length: Some(2048),
             max_sequences: 1,
             speculate,
+            draft: draft.clone(),
             ..EngineOptions::default()
         };
         match Engine::load(Path::new(&path), &options, |_| ()) {

@@ -25,3 +25,5 @@ pub mod worker;
 
 pub use bus::{ActivateModel, Activator, Activity, BusState, NoActivation, WorkerEndpoint};
 pub use gateway::{Gateway, GatewayOptions, OpenGateway};
+#[doc(hidden)]
+pub use openai::read_as_any_request;

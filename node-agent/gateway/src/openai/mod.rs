@@ -219,6 +219,26 @@ async fn admit(
     Ok((job, exchange, size, body))
 }
 
+/// For fuzzers: reads a body as each endpoint would. Gives the words of those that refuse it.
+#[doc(hidden)]
+#[must_use]
+pub fn read_as_any_request(body: &[u8]) -> Vec<String> {
+    let value = match parse(body) {
+        Ok(value) => value,
+        Err(error) => return vec![error.message],
+    };
+    let refusals = [
+        ChatRequest::read(value.clone()).err(),
+        CompletionRequest::read(value.clone()).err(),
+        EmbeddingsRequest::read(value).err(),
+    ];
+    refusals
+        .into_iter()
+        .flatten()
+        .map(|error| error.message)
+        .collect()
+}
+
 /// Takes `model`, which every request has.
 fn model_name(fields: &mut Fields) -> Result<String, ApiError> {
     match fields.required("model")? {
