@@ -217,12 +217,29 @@ fn settled(text: &str) -> String {
         (r" +\d+(s|m\d*s?)\b", " <age>"),
         (r"(/tmp|/var)/[^ \n]*", "<file>"),
     ];
-    patterns.iter().fold(text.to_owned(), |text, (pattern, name)| {
+    let text = patterns.iter().fold(text.to_owned(), |text, (pattern, name)| {
         Regex::new(pattern)
             .unwrap()
             .replace_all(&text, *name)
             .into_owned()
-    })
+    });
+    // helm status walks over a map of Go's: kinds come in any order.
+    let text = text.replace("RESOURCES:\n==>", "RESOURCES:\n\n==>");
+    let (mut kinds, mut others) = (Vec::new(), Vec::new());
+    for part in text.split("\n\n") {
+        let part = part.trim_matches('\n');
+        if part.starts_with("==>") {
+            kinds.push(part);
+        } else {
+            others.push(part);
+        }
+    }
+    if kinds.is_empty() {
+        return text;
+    }
+    kinds.sort_unstable();
+    others.append(&mut kinds);
+    others.join("\n\n")
 }
 
 fn write_chart(folder: &Path) {
