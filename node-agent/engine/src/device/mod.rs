@@ -215,6 +215,16 @@ fn causes(error: &LoadModel) -> String {
     source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
 }
 
+/// The CPU's threads and instructions, as the options ask for them.
+pub(crate) fn compute(options: &EngineOptions) -> Result<Compute, LoadModel> {
+    let threads = options
+        .threads
+        .map_or_else(available_threads, |n| n.max(1) as usize);
+    let compute = Compute::new(threads).map_err(LoadModel::StartThread)?;
+    info!(threads, kernels = compute.dispatch.name(), "Computes on the CPU");
+    Ok(compute)
+}
+
 fn on_cpu(
     beginning: &Beginning<'_>,
     progress: &mut impl FnMut(LoadProgress),
@@ -227,14 +237,10 @@ fn on_cpu(
         token,
         compute,
     } = beginning;
-    let threads = options
-        .threads
-        .map_or_else(available_threads, |n| n.max(1) as usize);
     let compute = match compute {
         Some(shared) => shared.clone(),
-        None => Compute::new(threads).map_err(LoadModel::StartThread)?,
+        None => self::compute(options)?,
     };
-    info!(threads, kernels = compute.dispatch.name(), "Computes on the CPU");
     let precision = if options.exact {
         WeightPrecision::Float
     } else {

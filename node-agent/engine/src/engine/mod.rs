@@ -167,7 +167,8 @@ impl Engine {
             Tokenizer::from_tokenizer_json(&crate::model::read_bounded(folder, crate::model::TOKENIZER)?)?;
         let context_length =
             context_length(options, facts.context_length)?.min(config.max_position_embeddings);
-        let encoder = Encoder::load(folder, config)?;
+        let compute = device::compute(options)?;
+        let encoder = Encoder::load(folder, config, compute)?;
         let probe = tokenizer.encode(
             "a",
             Special {
@@ -175,7 +176,7 @@ impl Engine {
                 parse: false,
             },
         );
-        if encoder.embed(&probe)?.iter().any(|x| !x.is_finite()) {
+        if encoder.embed(&[probe]).iter().flatten().any(|x| !x.is_finite()) {
             return Err(LoadModel::NotANumber);
         }
         let task = Task::Embed {
@@ -413,33 +414,34 @@ impl Engine {
                 able: "write text: use /v1/chat/completions or /v1/completions",
             });
         };
-        let mut embeddings = Embeddings {
-            vectors: Vec::new(),
-            prompt_tokens: 0,
-        };
+        let mut tokens = Vec::with_capacity(texts.len());
         for text in texts {
-            let tokens = self.tokens(text)?;
-            if tokens.len() > *context_length {
+            let text = self.tokens(text)?;
+            if text.len() > *context_length {
                 return Err(Reject::PromptTooLong {
-                    prompt_tokens: tokens.len(),
+                    prompt_tokens: text.len(),
                     context_length: *context_length,
                 });
             }
-            if tokens.is_empty() {
+            if text.is_empty() {
                 return Err(Reject::InvalidRequest {
                     field: "input".to_owned(),
                     found: "empty".to_owned(),
                     allowed: "it must have at least one token".to_owned(),
                 });
             }
-            embeddings.prompt_tokens += tokens.len();
-            embeddings.vectors.push(
-                encoder
-                    .embed(&tokens)
-                    .map_err(|error| Reject::Compute(error.to_string()))?,
-            );
+            tokens.push(text);
+        }
+        let mut embeddings = Embeddings {
+            vectors: Vec::with_capacity(tokens.len()),
+            prompt_tokens: 0,
+        };
+        for batch in Encoder::batches(&tokens) {
+            embeddings.vectors.extend(encoder.embed(batch));
+            let prompt_rows = batch.iter().map(Vec::len).sum();
+            embeddings.prompt_tokens += prompt_rows;
             self.inner.counters.step(&StepCount {
-                prompt_rows: tokens.len(),
+                prompt_rows,
                 ..StepCount::default()
             });
         }

@@ -5,6 +5,7 @@
 //! rows.rs      activations as 8-bit integers with scales
 //! product.rs   tiles x rows, ragged batches of any height   ┐
 //! attention.rs softmax(q k) v over the paged cache          ├─ written once over simd.rs
+//! encode.rs    what an encoder needs beside products        │
 //! vector.rs    norms, gates, additions                      ┘
 //! simd.rs      the 16 lanes; x86.rs: AVX-512 VNNI, AVX-VNNI, AVX2; otherwise plain Rust
 //! pool.rs      the threads
@@ -21,6 +22,7 @@
 #![allow(clippy::needless_range_loop)]
 
 pub(crate) mod attention;
+pub(crate) mod encode;
 pub(crate) mod pool;
 mod product;
 mod rows;

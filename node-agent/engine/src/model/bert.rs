@@ -1,14 +1,11 @@
-//! The BERT-type encoder: text to one vector, by mean pooling and L2 norm.
-//! Source: Devlin et al. 2018; pooling as sentence-transformers does it.
+//! What the folder of a BERT-type encoder holds, checked before anything is loaded.
 
-use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{D, DType, Device, Tensor};
 use serde::Deserialize;
 
+use crate::InvalidModel;
 use crate::inspect::{ModelFacts, ModelFormat, ModelKind};
-use crate::{InvalidModel, LoadModel};
 
 /// Files of a model folder.
 pub(crate) const WEIGHTS: &str = "model.safetensors";
@@ -23,14 +20,14 @@ pub(crate) struct EncoderConfig {
     model_type: String,
     #[serde(default, rename = "_name_or_path")]
     name: Option<String>,
-    hidden_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    intermediate_size: usize,
-    vocab_size: usize,
+    pub(super) hidden_size: usize,
+    pub(super) num_hidden_layers: usize,
+    pub(super) num_attention_heads: usize,
+    pub(super) intermediate_size: usize,
+    pub(super) vocab_size: usize,
     pub(crate) max_position_embeddings: usize,
     #[serde(default = "default_epsilon")]
-    layer_norm_eps: f64,
+    pub(super) layer_norm_eps: f64,
     #[serde(default)]
     hidden_act: Option<String>,
 }
@@ -143,180 +140,5 @@ impl EncoderConfig {
             vocab_size: number(self.vocab_size),
             has_chat_template: false,
         })
-    }
-}
-
-/// An affine map.
-struct Dense {
-    weight: Tensor,
-    bias: Tensor,
-}
-
-struct Norm {
-    weight: Tensor,
-    bias: Tensor,
-    epsilon: f32,
-}
-
-struct Layer {
-    query: Dense,
-    key: Dense,
-    value: Dense,
-    attended: Dense,
-    attended_norm: Norm,
-    up: Dense,
-    down: Dense,
-    fed_norm: Norm,
-}
-
-/// An encoder in memory.
-pub(crate) struct Encoder {
-    config: EncoderConfig,
-    words: Tensor,
-    positions: Tensor,
-    kind: Tensor,
-    norm: Norm,
-    layers: Vec<Layer>,
-}
-
-/// The tensors of a file, taken one by one.
-struct Weights(HashMap<String, Tensor>);
-
-impl Weights {
-    fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, LoadModel> {
-        // Some exports put everything under `bert.`.
-        let tensor = self
-            .0
-            .remove(name)
-            .or_else(|| self.0.remove(&format!("bert.{name}")));
-        let tensor = tensor.ok_or_else(|| InvalidModel::missing(format!("tensor {name}")))?;
-        if tensor.dims() != shape {
-            return Err(InvalidModel::inconsistent(
-                format!("shape of tensor {name}"),
-                format!("{:?}", tensor.dims()),
-                format!("{shape:?}"),
-            )
-            .into());
-        }
-        Ok(tensor.to_dtype(DType::F32)?)
-    }
-
-    fn dense(&mut self, name: &str, out: usize, inner: usize) -> Result<Dense, LoadModel> {
-        let weight = self.take(&format!("{name}.weight"), &[out, inner])?.t()?;
-        Ok(Dense {
-            weight,
-            bias: self.take(&format!("{name}.bias"), &[out])?,
-        })
-    }
-
-    fn norm(&mut self, name: &str, size: usize, epsilon: f64) -> Result<Norm, LoadModel> {
-        let weight = self.take(&format!("{name}.weight"), &[size])?;
-        Ok(Norm {
-            weight,
-            bias: self.take(&format!("{name}.bias"), &[size])?,
-            epsilon: epsilon as f32,
-        })
-    }
-}
-
-impl Dense {
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.matmul(&self.weight)?.broadcast_add(&self.bias)
-    }
-}
-
-impl Norm {
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        candle_nn::ops::layer_norm(&x.contiguous()?, &self.weight, &self.bias, self.epsilon)
-    }
-}
-
-impl Encoder {
-    /// Loads the weights of a folder.
-    pub(crate) fn load(folder: &Path, config: EncoderConfig) -> Result<Self, LoadModel> {
-        config.facts(folder)?;
-        let mut weights = Weights(candle_core::safetensors::load(
-            folder.join(WEIGHTS),
-            &Device::Cpu,
-        )?);
-        let (hidden, eps) = (config.hidden_size, config.layer_norm_eps);
-        let words = weights.take("embeddings.word_embeddings.weight", &[config.vocab_size, hidden])?;
-        let positions = weights.take(
-            "embeddings.position_embeddings.weight",
-            &[config.max_position_embeddings, hidden],
-        )?;
-        // Every text is of the first of two kinds.
-        let kind = weights
-            .take("embeddings.token_type_embeddings.weight", &[2, hidden])?
-            .narrow(0, 0, 1)?
-            .contiguous()?;
-        let norm = weights.norm("embeddings.LayerNorm", hidden, eps)?;
-        let layers = (0..config.num_hidden_layers).map(|index| {
-            let name = |part: &str| format!("encoder.layer.{index}.{part}");
-            Ok(Layer {
-                query: weights.dense(&name("attention.self.query"), hidden, hidden)?,
-                key: weights.dense(&name("attention.self.key"), hidden, hidden)?,
-                value: weights.dense(&name("attention.self.value"), hidden, hidden)?,
-                attended: weights.dense(&name("attention.output.dense"), hidden, hidden)?,
-                attended_norm: weights.norm(&name("attention.output.LayerNorm"), hidden, eps)?,
-                up: weights.dense(&name("intermediate.dense"), config.intermediate_size, hidden)?,
-                down: weights.dense(&name("output.dense"), hidden, config.intermediate_size)?,
-                fed_norm: weights.norm(&name("output.LayerNorm"), hidden, eps)?,
-            })
-        });
-        let layers = layers.collect::<Result<Vec<Layer>, LoadModel>>()?;
-        Ok(Self {
-            words,
-            positions,
-            kind,
-            norm,
-            layers,
-            config,
-        })
-    }
-
-    /// The vector of one text, of length 1. `tokens` must fit the positions.
-    pub(crate) fn embed(&self, tokens: &[u32]) -> candle_core::Result<Vec<f32>> {
-        let count = tokens.len();
-        let ids = Tensor::new(tokens, &Device::Cpu)?;
-        let words = self.words.index_select(&ids, 0)?;
-        let x = (words + self.positions.narrow(0, 0, count)?)?.broadcast_add(&self.kind)?;
-        let mut x = self.norm.forward(&x)?;
-        for layer in &self.layers {
-            x = self.layer(layer, &x, count)?;
-        }
-        let mean = x.mean(0)?;
-        let length = mean.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
-        // A vector of zeros has no direction; it stays what it is.
-        let scale = if length > 0.0 {
-            f64::from(length).recip()
-        } else {
-            1.0
-        };
-        (mean * scale)?.to_vec1()
-    }
-
-    fn layer(&self, layer: &Layer, x: &Tensor, count: usize) -> candle_core::Result<Tensor> {
-        let heads = self.config.num_attention_heads;
-        let dim = self.config.hidden_size / heads;
-        let split = |dense: &Dense| {
-            dense
-                .forward(x)?
-                .reshape((count, heads, dim))?
-                .transpose(0, 1)?
-                .contiguous()
-        };
-        let (query, key, value) = (split(&layer.query)?, split(&layer.key)?, split(&layer.value)?);
-        let scores = (query.matmul(&key.transpose(1, 2)?.contiguous()?)? * (dim as f64).sqrt().recip())?;
-        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
-        let attended = weights
-            .matmul(&value)?
-            .transpose(0, 1)?
-            .reshape((count, heads * dim))?;
-        let x = layer
-            .attended_norm
-            .forward(&(layer.attended.forward(&attended)? + x)?)?;
-        let fed = layer.down.forward(&layer.up.forward(&x)?.gelu_erf()?)?;
-        layer.fed_norm.forward(&(fed + x)?)
     }
 }

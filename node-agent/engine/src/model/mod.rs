@@ -1,11 +1,13 @@
-//! The models: decoders (llama, gemma3) over this engine's kernels; the BERT-type encoder over candle's tensors.
+//! The models, over this engine's kernels: decoders (llama and kin), and the BERT-type encoder.
 
 mod bert;
 mod config;
 mod decoder;
+mod encoder;
 mod layers;
 
-pub(crate) use bert::{Encoder, EncoderConfig, TOKENIZER, read_bounded};
+pub(crate) use bert::{EncoderConfig, TOKENIZER, read_bounded};
 pub(crate) use config::{Activation, DecoderConfig, RopePairs};
 pub(crate) use decoder::{Decoder, Row};
+pub(crate) use encoder::Encoder;
 pub(crate) use layers::Rotations;
