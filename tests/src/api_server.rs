@@ -105,7 +105,9 @@ impl ApiServer {
         users: &[User],
         arguments: &[String],
     ) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("freehold-api-").tempdir()?;
+        let folder = tempfile::Builder::new()
+            .prefix(&crate::network::folder_prefix())
+            .tempdir()?;
         let path = folder.path();
         let (store, endpoint) = start_storage(storage, path).await?;
         write_identities(path, users)?;

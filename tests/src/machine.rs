@@ -92,7 +92,9 @@ impl Machine {
             Path::new(SYSTEMD).is_file(),
             "no {SYSTEMD} here: install systemd (and dbus), which need not run"
         );
-        let folder = tempfile::Builder::new().prefix("freehold-machine-").tempdir()?;
+        let folder = tempfile::Builder::new()
+            .prefix(&crate::network::folder_prefix())
+            .tempdir()?;
         let base = folder.path().join("layers");
         std::fs::create_dir(&base)?;
         let groups = ControlGroups::new(&space.name)?;

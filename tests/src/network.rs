@@ -181,18 +181,22 @@ fn remove_space(name: &str) {
     let _ = run(&["netns", "delete", name]);
 }
 
-/// Removes what tests left that were killed.
-fn sweep() {
-    let is_left = |name: &str| {
+/// Whether a test that is no more gave this name.
+pub(crate) fn is_left(name: &str) -> bool {
+    let process = || -> Option<u32> {
         let digits = name.strip_prefix(PREFIX)?;
         let end = digits.find(|letter: char| !letter.is_ascii_digit())?;
-        let process: u32 = digits.get(..end)?.parse().ok()?;
-        let alive = Path::new("/proc").join(process.to_string()).exists();
-        (!alive && digits.get(end..)?.starts_with('b')).then_some(())
+        digits.get(end..)?.starts_with('b').then_some(())?;
+        digits.get(..end)?.parse().ok()
     };
+    process().is_some_and(|process| !Path::new("/proc").join(process.to_string()).exists())
+}
+
+/// Removes what tests left that were killed: programs, namespaces, bridges, control groups, folders.
+fn sweep() {
     for name in run(&["netns", "list"]).unwrap_or_default().lines() {
         let name = name.split(' ').next().unwrap_or_default();
-        if is_left(name).is_some() {
+        if is_left(name) {
             remove_space(name);
         }
     }
@@ -201,10 +205,29 @@ fn sweep() {
         .lines()
     {
         let name = line.split([':', ' ']).find(|word| word.starts_with(PREFIX));
-        if let Some(name) = name.filter(|name| is_left(name).is_some()) {
+        if let Some(name) = name.filter(|name| is_left(name)) {
             let _ = run(&["link", "delete", name]);
         }
     }
+    crate::node::sweep_groups();
+    for entry in std::fs::read_dir(std::env::temp_dir())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name
+            .strip_prefix("freehold-test-")
+            .and_then(|rest| rest.split('-').next());
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// How the name of a test's folder begins, which is removed by the next test if this one is killed.
+pub(crate) fn folder_prefix() -> String {
+    format!("freehold-test-{}-", std::process::id())
 }
 
 fn run(arguments: &[&str]) -> Result<String> {

@@ -90,17 +90,7 @@ impl Node {
 
     /// The control groups under which its pods lie: kubelets that share them would end each other's pods.
     fn make_groups(&mut self) -> Result<()> {
-        let root = Path::new("/sys/fs/cgroup");
-        let mut roots = vec![root.to_owned()];
-        if !root.join("cgroup.controllers").exists() {
-            let found = std::fs::read_dir(root).context("no control groups here")?;
-            roots = found
-                .flatten()
-                .map(|entry| entry.path())
-                .filter(|path| path.is_dir())
-                .collect();
-        }
-        for root in roots {
+        for root in group_roots() {
             let group = root.join(self.group());
             std::fs::create_dir_all(&group).with_context(|| format!("failed to make {}", group.display()))?;
             // A group of processors and memory has none until it is told.
@@ -350,6 +340,52 @@ fn end_shims(folder: &Path) {
         if words.contains("containerd-shim") && words.contains(&inside) {
             let process = entry.file_name().to_string_lossy().into_owned();
             let _ = Command::new("kill").args(["-KILL", &process]).output();
+        }
+    }
+}
+
+/// Folders in which control groups lie, one a controller with the older kind.
+fn group_roots() -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    if root.join("cgroup.controllers").exists() {
+        return vec![root.to_owned()];
+    }
+    let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir())
+        .collect()
+}
+
+/// Ends what runs in the control groups of tests that were killed, and removes them.
+pub(crate) fn sweep_groups() {
+    for root in group_roots() {
+        for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
+            if crate::network::is_left(&entry.file_name().to_string_lossy()) {
+                kill_group(&entry.path());
+                // What was killed leaves its group a moment later.
+                for _ in 0..40 {
+                    remove_groups(&entry.path());
+                    if !entry.path().exists() {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+            }
+        }
+    }
+}
+
+fn kill_group(path: &Path) {
+    for process in std::fs::read_to_string(path.join("cgroup.procs"))
+        .unwrap_or_default()
+        .lines()
+    {
+        let _ = Command::new("kill").args(["-KILL", process]).output();
+    }
+    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            kill_group(&entry.path());
         }
     }
 }

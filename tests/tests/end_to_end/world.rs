@@ -17,6 +17,8 @@ pub const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 /// Two pools: the machines of the house, and one in the attic that holds little.
 pub const VALUES: &str = "
 image: {tag: 0.1.0, pullPolicy: Never}
+# A lone operator on a machine that is cut off would be cut off with it.
+operator: {nodeSelector: {freehold.dev/pool: attic}}
 nodeAgent:
   log: info
   store: {hostPath: STORE}
