@@ -7,19 +7,31 @@ use std::path::Path;
 
 use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
-use candle_transformers::models::{quantized_llama, quantized_qwen2, quantized_qwen3};
+use candle_transformers::models::{quantized_llama, quantized_phi3, quantized_qwen2, quantized_qwen3};
 use common::ask::{answer, request, tokens};
-use common::gguf::{Gguf, tiny_llama, tiny_qwen2, tiny_qwen3};
+use common::gguf::{
+    F32, Gguf, Tensor as Stored, tiny_granite, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3,
+};
 use freehold_engine::{Engine, EngineOptions, KvType};
 
 type Step = Box<dyn FnMut(&Tensor, usize) -> candle_core::Result<Tensor>>;
 
 /// Compares every answered token, and the likeliest in its place, with what the oracle computes.
 fn equals_the_oracle(file: &Gguf, oracle: impl Fn(gguf_file::Content, &mut std::fs::File) -> Step) {
+    equals_the_oracle_of(file, file, oracle);
+}
+
+/// The same, where the oracle reads another file.
+fn equals_the_oracle_of(
+    file: &Gguf,
+    theirs: &Gguf,
+    oracle: impl Fn(gguf_file::Content, &mut std::fs::File) -> Step,
+) {
     let folder = tempfile::tempdir().unwrap();
+    let other = tempfile::tempdir().unwrap();
     let path = file.write(folder.path());
     let mut oracle = {
-        let mut file = std::fs::File::open(&path).unwrap();
+        let mut file = std::fs::File::open(theirs.write(other.path())).unwrap();
         let content = gguf_file::Content::read(&mut file).unwrap();
         oracle(content, &mut file)
     };
@@ -98,4 +110,126 @@ fn qwen3() {
             model.forward(input, position)
         })
     });
+}
+
+#[test]
+fn phi3() {
+    equals_the_oracle(&tiny_phi3(), |content, file| {
+        let mut model = quantized_phi3::ModelWeights::from_gguf(false, content, file, &Device::Cpu).unwrap();
+        Box::new(move |input, position| model.forward(input, position))
+    });
+}
+
+/// What Granite multiplies with can be multiplied into a llama's weights beforehand.
+#[test]
+fn granite_is_a_llama_with_its_factors_in_the_weights() {
+    let times = |factor: f32| {
+        move |tensor: &mut Stored| {
+            assert_eq!(tensor.kind, F32);
+            for four in tensor.data.chunks_exact_mut(4) {
+                let x = f32::from_le_bytes(<[u8; 4]>::try_from(&*four).unwrap());
+                four.copy_from_slice(&(x * factor).to_le_bytes());
+            }
+        }
+    };
+    let mut folded = tiny_llama();
+    let words = folded
+        .tensors
+        .iter()
+        .find(|t| t.name == "token_embd.weight")
+        .unwrap();
+    let mut output = Stored {
+        name: "output.weight".to_owned(),
+        ..words.clone()
+    };
+    times(1.0 / 4.0)(&mut output);
+    folded.tensors.push(output);
+    folded = folded.edit("token_embd.weight", times(3.0));
+    for layer in 0..2 {
+        let name = |part: &str| format!("blk.{layer}.{part}.weight");
+        // 16 numbers a head: attention divides by 4 of itself.
+        folded = folded
+            .edit(&name("attn_q"), times(0.4 * 4.0))
+            .edit(&name("attn_output"), times(0.5))
+            .edit(&name("ffn_down"), times(0.5));
+    }
+    equals_the_oracle_of(&tiny_granite(), &folded, |content, file| {
+        let mut model = quantized_llama::ModelWeights::from_gguf(content, file, &Device::Cpu).unwrap();
+        Box::new(move |input, position| model.forward(input, position))
+    });
+}
+
+/// A context beyond the first is served with the long divisors, a shorter one with the short ones.
+#[test]
+fn phi3_takes_the_divisors_of_the_context_that_is_served() {
+    let ones = || std::iter::repeat(1.0);
+    let with = |short: f32, long: f32| {
+        tiny_phi3()
+            .u32("phi3.rope.scaling.original_context_length", 64)
+            .tensor(
+                "rope_factors_short.weight",
+                &[8],
+                ones().map(move |x: f32| x * short),
+            )
+            .tensor(
+                "rope_factors_long.weight",
+                &[8],
+                ones().map(move |x: f32| x * long),
+            )
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let say = |name: &str, file: &Gguf, context: u32| {
+        let folder = folder.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let options = EngineOptions {
+            kv_type: KvType::F32,
+            exact: true,
+            context_length: Some(context),
+            ..EngineOptions::default()
+        };
+        let engine = Engine::load(&file.write(&folder), &options, |_| ()).unwrap();
+        let text = "one two three four five six";
+        let mut request = request(tokens(&engine, text), 8);
+        request.sampling.logprobs = Some(1);
+        let answer = answer(&engine, request);
+        answer
+            .tokens
+            .iter()
+            .map(|token| token.logprob)
+            .collect::<Vec<f32>>()
+    };
+    let plain = say("plain", &tiny_phi3(), 64);
+    assert_eq!(say("short", &with(1.0, 5.0), 64), plain);
+    assert_eq!(say("long", &with(5.0, 1.0), 128), plain);
+    assert_ne!(say("other", &with(1.0, 5.0), 128), plain);
+    let scaled = tiny_phi3().f32("phi3.rope.scaling.attn_factor", 1.5);
+    assert_ne!(say("scaled", &scaled, 64), plain);
+}
+
+/// YaRN by its keys: with a factor of 1 nothing changes, with one of 4 something does.
+#[test]
+fn yarn_is_read_from_the_file() {
+    let with = |factor: f32| {
+        tiny_llama()
+            .str("llama.rope.scaling.type", "yarn")
+            .f32("llama.rope.scaling.factor", factor)
+            .u32("llama.rope.scaling.original_context_length", 32)
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let say = |name: &str, file: &Gguf| {
+        let folder = folder.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let engine = engine(&file.write(&folder));
+        let mut request = request(tokens(&engine, "one two three four five six"), 8);
+        request.sampling.logprobs = Some(1);
+        let answer = answer(&engine, request);
+        answer
+            .tokens
+            .iter()
+            .map(|token| token.logprob)
+            .collect::<Vec<f32>>()
+    };
+    let plain = say("plain", &tiny_llama());
+    assert_eq!(say("one", &with(1.0)), plain);
+    assert_ne!(say("four", &with(4.0)), plain);
 }

@@ -9,14 +9,14 @@ use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 use candle_nn::rotary_emb::{rope, rope_i};
 
+use super::Beginning;
 use super::step::{Angles, Group, Step};
-use super::{Beginning, rope_divisors};
 use crate::LoadModel;
 use crate::gguf::GgufFile;
 use crate::inspect::KvType;
 use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kv::BlockTable;
-use crate::model::{Activation, DecoderConfig, RopePairs, Row};
+use crate::model::{Activation, DecoderConfig, Rope, RopePairs, Row};
 
 /// Keys and values of one layer.
 struct LayerCache {
@@ -52,7 +52,8 @@ pub(crate) struct DeviceDecoder {
     layers: Vec<Layer>,
     norm: Tensor,
     output: QMatMul,
-    rope_divisors: Option<Vec<f32>>,
+    rope: Rope,
+    local_rope: Option<Rope>,
     logits: Vec<f32>,
 }
 
@@ -118,7 +119,8 @@ impl DeviceDecoder {
         }
         Ok(Self {
             norm: source.vector("output_norm.weight", config.hidden_size)?,
-            rope_divisors: rope_divisors(file, &config)?,
+            rope: Rope::global(file, &config)?,
+            local_rope: Rope::local(&config),
             config,
             device: device.clone(),
             embedding,
@@ -135,7 +137,13 @@ impl DeviceDecoder {
     /// One step. Blocks for every position must be reserved, and tokens in the vocabulary.
     pub(super) fn forward(&mut self, rows: &[Row], tables: &[&BlockTable]) -> Result<()> {
         let (config, device) = (&self.config, &self.device);
-        let step = Step::new(rows, tables, config, self.rope_divisors.as_deref(), device)?;
+        let step = Step::new(
+            rows,
+            tables,
+            config,
+            (&self.rope, self.local_rope.as_ref()),
+            device,
+        )?;
         let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
         let mut x = self.embedding.embedding(&Tensor::new(tokens, device)?)?;
         if config.embedding_scale != 1.0 {

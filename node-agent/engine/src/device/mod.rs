@@ -15,13 +15,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use candle_core::Device;
 use tracing::{info, warn};
 
+use crate::LoadModel;
 use crate::engine::{DeviceChoice, EngineOptions, LoadProgress};
 use crate::gguf::GgufFile;
 use crate::inspect::KvType;
 use crate::kernels::{Compute, WeightPrecision, available_threads};
 use crate::kv::{BlockTable, KvCache};
 use crate::model::{Decoder, DecoderConfig, Row};
-use crate::{InvalidModel, LoadModel};
 use decoder::DeviceDecoder;
 
 /// What the decoder for devices was held to the CPU's answers with.
@@ -299,22 +299,6 @@ fn first_pass(mut runner: Runner, mut cache: KvCache, token: u32) -> Result<(Run
     cache.release(&mut table);
     let finite = runner.logits().iter().all(|x| x.is_finite());
     finite.then_some((runner, cache)).ok_or(LoadModel::NotANumber)
-}
-
-/// RoPE's divisors, where the file has them.
-fn rope_divisors(file: &GgufFile, config: &DecoderConfig) -> Result<Option<Vec<f32>>, LoadModel> {
-    if !config.rope_divisors {
-        return Ok(None);
-    }
-    let name = "rope_freqs.weight";
-    let tensor = file.tensor(name, &[config.rope_dimensions / 2], &Device::Cpu)?;
-    let divisors: Vec<f32> = tensor.dequantize(&Device::Cpu)?.to_vec1()?;
-    match divisors.iter().find(|&&x| !(x.is_finite() && x > 0.0)) {
-        Some(bad) => {
-            Err(InvalidModel::inconsistent(format!("tensor {name}"), bad, "positive numbers").into())
-        }
-        None => Ok(Some(divisors)),
-    }
 }
 
 #[cfg(test)]

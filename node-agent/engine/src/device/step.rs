@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor};
 
 use crate::kv::BlockTable;
-use crate::model::{DecoderConfig, Rotations, Row};
+use crate::model::{DecoderConfig, Rope, Rotations, Row};
 
 /// Most rows of one sequence whose scores are in memory at once.
 const PIECE_ROWS: usize = 128;
@@ -63,7 +63,7 @@ impl Step {
         rows: &[Row],
         tables: &[&BlockTable],
         config: &DecoderConfig,
-        divisors: Option<&[f32]>,
+        (global, local): (&Rope, Option<&Rope>),
         device: &Device,
     ) -> Result<Self> {
         let places: Vec<u32> = rows
@@ -75,17 +75,8 @@ impl Step {
             .broadcast_as((rows.len(), width))?
             .contiguous()?;
         let positions = || rows.iter().map(|row| row.position);
-        let global = Rotations::new(
-            positions(),
-            config.rope_dimensions,
-            config.rope_base,
-            config.rope_scale,
-            divisors,
-        );
-        let local = config.sliding_window.map(|_| {
-            let (dimensions, base) = (config.rope_dimensions, config.rope_base_local);
-            Rotations::new(positions(), dimensions, base, 1.0, None)
-        });
+        let global = Rotations::new(positions(), global);
+        let local = local.map(|rope| Rotations::new(positions(), rope));
         let groups = grouped(&pieces(rows))
             .into_iter()
             .map(|pieces| Group::new(pieces, tables, config.sliding_window, device))

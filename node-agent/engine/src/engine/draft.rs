@@ -6,6 +6,7 @@ use crate::device::{self, Beginning};
 use crate::engine::EngineOptions;
 use crate::gguf::GgufFile;
 use crate::kernels::Compute;
+use crate::kernels::attention::BLOCK_TOKENS;
 use crate::model::DecoderConfig;
 use crate::scheduler::DraftModel;
 use crate::tokenizer::Tokenizer;
@@ -51,6 +52,8 @@ fn begin(
         )
         .into());
     }
+    let mut config = DecoderConfig::from_gguf(&file)?;
+    config.serve_context(blocks * BLOCK_TOKENS);
     // What it guesses is checked: nobody needs it to be exact.
     let options = EngineOptions {
         exact: false,
@@ -58,7 +61,7 @@ fn begin(
     };
     let beginning = Beginning {
         file: &file,
-        config: DecoderConfig::from_gguf(&file)?,
+        config,
         options: &options,
         // Nothing is shared in its cache: none stays without a user.
         blocks: (blocks, 0),

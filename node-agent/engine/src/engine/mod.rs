@@ -96,7 +96,7 @@ impl Engine {
         let facts = gguf_facts(&file)?;
         let tokenizer = Arc::new(Tokenizer::from_gguf(&file)?);
         let template = ChatTemplate::from_gguf(&file, tokenizer.bos_text(), tokenizer.eos_text())?;
-        let config = DecoderConfig::from_gguf(&file)?;
+        let mut config = DecoderConfig::from_gguf(&file)?;
         if tokenizer.vocab_size() > config.vocab_size {
             return Err(InvalidModel::inconsistent(
                 "the tokenizer's vocabulary",
@@ -106,6 +106,7 @@ impl Engine {
             .into());
         }
         let context_length = context_length(options, facts.context_length)?;
+        config.serve_context(context_length);
         let sequences = options.max_sequences.max(1) as usize;
         let capacity = kv_blocks(options, sequences, context_length)?;
         let keep = options

@@ -1,5 +1,6 @@
 //! What a decoder is made of, read from a GGUF file and checked against its tensors.
 
+use super::rope::{RopeScaling, Yarn};
 use crate::InvalidModel;
 use crate::gguf::{GgufFile, Value};
 
@@ -32,30 +33,47 @@ pub(crate) struct DecoderConfig {
     pub(crate) feed_forward: usize,
     pub(crate) vocab_size: usize,
     pub(crate) context_length: usize,
+    /// Tokens of context that the model was first trained with.
+    pub(crate) original_context: usize,
     pub(crate) norm_epsilon: f32,
     pub(crate) activation: Activation,
     pub(crate) rope_pairs: RopePairs,
     pub(crate) rope_dimensions: usize,
     pub(crate) rope_base: f32,
-    /// Base of the layers that see only the sliding window.
-    pub(crate) rope_base_local: f32,
-    /// Positions are divided by this (linear scaling).
-    pub(crate) rope_scale: f32,
+    /// Base of the layers that see only the sliding window, where they turn otherwise (Gemma 3).
+    pub(crate) rope_base_local: Option<f32>,
+    pub(crate) rope_scaling: RopeScaling,
+    /// Sines and cosines are multiplied by this (Phi 3).
+    pub(crate) rope_magnitude: f32,
     /// Tokens that a local layer sees.
     pub(crate) sliding_window: Option<usize>,
-    /// Every so many layers one sees everything.
-    pub(crate) global_every: usize,
+    /// Every so many layers one sees everything; None: none does (Phi 3).
+    pub(crate) global_every: Option<usize>,
     /// Queries and keys are normalised by head (Gemma 3, Qwen 3).
     pub(crate) head_norms: bool,
     /// The outputs of both halves of a layer are normalised too (Gemma 3).
     pub(crate) output_norms: bool,
     /// Queries, keys and values have biases (Qwen 2).
     pub(crate) attention_biases: bool,
-    /// The file has a divisor for each of RoPE's frequencies (Llama 3.1 and later).
-    pub(crate) rope_divisors: bool,
+    /// Queries, keys and values are one matrix, and so are gate and up (Phi 3).
+    pub(crate) fused: bool,
+    /// The tensor with a divisor for each of RoPE's frequencies (Llama 3.1 and later, Phi 3).
+    pub(crate) rope_divisors: Option<String>,
     /// Embeddings are multiplied by this.
     pub(crate) embedding_scale: f32,
+    /// What each half of a layer adds is multiplied by this (Granite).
+    pub(crate) residual_scale: f32,
+    /// Products of queries and keys are multiplied by this.
+    pub(crate) attention_scale: f32,
+    /// Logits are multiplied by this (Granite).
+    pub(crate) logit_scale: f32,
 }
+
+/// What this version computes.
+const ARCHITECTURES: &[&str] = &["llama", "qwen2", "qwen3", "gemma3", "phi3", "granite"];
+/// Phi 3's divisors.
+const ROPE_SHORT: &str = "rope_factors_short.weight";
+const ROPE_LONG: &str = "rope_factors_long.weight";
 
 /// Bounds far above every model that exists, far below what would exhaust a machine.
 const MAX_LAYERS: usize = 1024;
@@ -72,19 +90,15 @@ impl DecoderConfig {
             .value("general.architecture")?
             .to_str("general.architecture")?
             .to_owned();
-        let (gemma, qwen2, qwen3) = match architecture.as_str() {
-            "llama" => (false, false, false),
-            "gemma3" => (true, false, false),
-            "qwen2" => (false, true, false),
-            "qwen3" => (false, false, true),
-            other => {
-                return Err(InvalidModel::unsupported(
-                    "general.architecture",
-                    other,
-                    "llama (Mistral, SmolLM and kin), qwen2, qwen3 and gemma3; a BERT-type encoder comes as a folder with safetensors",
-                ));
-            }
-        };
+        let is = |name: &str| architecture == name;
+        if !ARCHITECTURES.contains(&architecture.as_str()) {
+            return Err(InvalidModel::unsupported(
+                "general.architecture",
+                &architecture,
+                "llama (Mistral, SmolLM and kin), qwen2, qwen3, gemma3, phi3 and granite; a BERT-type encoder comes as a folder with safetensors",
+            ));
+        }
+        let (gemma, qwen2, qwen3, phi3) = (is("gemma3"), is("qwen2"), is("qwen3"), is("phi3"));
         let key = |name: &str| format!("{architecture}.{name}");
         let size = |name: &str, most: usize| -> Result<usize, InvalidModel> {
             let key = key(name);
@@ -141,14 +155,25 @@ impl DecoderConfig {
                 format!("an even number up to {head_dim}"),
             ));
         }
-        let rope_scale = match file.optional(&key("rope.scaling.type"), Value::to_str)? {
-            None | Some("none") => real("rope.scale_linear")?.unwrap_or(1.0),
-            Some("linear") => real("rope.scaling.factor")?.unwrap_or(1.0),
+        let context_length = size("context_length", 1 << 24)?;
+        let original_context = optional("rope.scaling.original_context_length")?.unwrap_or(context_length);
+        let factor = real("rope.scaling.factor")?;
+        let rope_scaling = match file.optional(&key("rope.scaling.type"), Value::to_str)? {
+            None | Some("none") => RopeScaling::Linear(real("rope.scale_linear")?.unwrap_or(1.0)),
+            Some("linear") => RopeScaling::Linear(factor.unwrap_or(1.0)),
+            // Its divisors are tensors of the file.
+            Some("longrope") => RopeScaling::Linear(1.0),
+            Some("yarn") => RopeScaling::Yarn(Yarn {
+                factor: factor.unwrap_or(1.0),
+                original_context: original_context as f32,
+                beta_fast: real("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+                beta_slow: real("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+            }),
             Some(other) => {
                 return Err(InvalidModel::unsupported(
                     key("rope.scaling.type"),
                     other,
-                    "none and linear",
+                    "none, linear, yarn and longrope",
                 ));
             }
         };
@@ -163,6 +188,14 @@ impl DecoderConfig {
                 ));
             }
         };
+        // Granite's numbers; 1 elsewhere.
+        let granite = |name: &str| {
+            if is("granite") {
+                real(name).map(|x| x.unwrap_or(1.0))
+            } else {
+                Ok(1.0)
+            }
+        };
         let rope_base = real("rope.freq_base")?.unwrap_or(if gemma { 1_000_000.0 } else { 10_000.0 });
         let config = Self {
             hidden_size,
@@ -172,10 +205,11 @@ impl DecoderConfig {
             head_dim,
             feed_forward: size("feed_forward_length", MAX_SIZE)?,
             vocab_size,
-            context_length: size("context_length", 1 << 24)?,
+            context_length,
+            original_context,
             norm_epsilon: real("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
             activation: if gemma { Activation::Gelu } else { Activation::Silu },
-            rope_pairs: if gemma || qwen2 || qwen3 {
+            rope_pairs: if gemma || qwen2 || qwen3 || phi3 {
                 RopePairs::Halves
             } else {
                 RopePairs::Neighbours
@@ -183,31 +217,48 @@ impl DecoderConfig {
             rope_dimensions,
             rope_base,
             rope_base_local: if gemma {
-                real("rope.local.freq_base")?.unwrap_or(10_000.0)
+                Some(real("rope.local.freq_base")?.unwrap_or(10_000.0))
             } else {
-                rope_base
+                None
             },
-            rope_scale,
-            sliding_window: if gemma {
+            rope_scaling,
+            rope_magnitude: real("rope.scaling.attn_factor")?.unwrap_or(1.0),
+            sliding_window: if gemma || phi3 {
                 optional("attention.sliding_window")?.filter(|&window| window > 0)
             } else {
                 None
             },
             global_every: if gemma {
-                optional("attention.sliding_window_type")?.unwrap_or(6).max(1)
+                Some(optional("attention.sliding_window_type")?.unwrap_or(6).max(1))
             } else {
-                1
+                None
             },
             head_norms: gemma || qwen3,
             output_norms: gemma,
             attention_biases: qwen2,
-            rope_divisors: file.tensors().contains_key("rope_freqs.weight"),
-            embedding_scale: if gemma { (hidden_size as f32).sqrt() } else { 1.0 },
+            fused: phi3,
+            rope_divisors: ["rope_freqs.weight", ROPE_SHORT]
+                .into_iter()
+                .find(|name| file.tensors().contains_key(*name))
+                .map(str::to_owned),
+            embedding_scale: if gemma {
+                (hidden_size as f32).sqrt()
+            } else {
+                granite("embedding_scale")?
+            },
+            residual_scale: granite("residual_scale")?,
+            attention_scale: real("attention.scale")?
+                .filter(|_| is("granite"))
+                .unwrap_or(1.0 / (head_dim as f32).sqrt()),
+            logit_scale: 1.0 / granite("logit_scale")?,
             architecture: architecture.clone(),
         };
         let positive = [
             ("rope.freq_base", config.rope_base),
-            ("rope.scaling.factor", config.rope_scale),
+            ("rope.scaling.factor", factor.unwrap_or(1.0)),
+            ("rope.scaling.attn_factor", config.rope_magnitude),
+            ("logit_scale", config.logit_scale),
+            ("attention.scale", config.attention_scale),
             ("attention.layer_norm_rms_epsilon", config.norm_epsilon),
         ];
         for (name, value) in positive {
@@ -229,9 +280,18 @@ impl DecoderConfig {
         Ok(config)
     }
 
+    /// Says how many tokens of context it will serve: a model with two sets of divisors has one for contexts
+    /// that are longer than its first.
+    pub(crate) fn serve_context(&mut self, tokens: usize) {
+        if self.rope_divisors.as_deref() == Some(ROPE_SHORT) && tokens > self.original_context {
+            self.rope_divisors = Some(ROPE_LONG.to_owned());
+        }
+    }
+
     /// Whether a layer sees only the sliding window.
     pub(crate) fn is_local(&self, layer: usize) -> bool {
-        self.sliding_window.is_some() && !(layer + 1).is_multiple_of(self.global_every)
+        let sees_all = |every: usize| (layer + 1).is_multiple_of(every);
+        self.sliding_window.is_some() && !self.global_every.is_some_and(sees_all)
     }
 
     /// The tensors of the model with their shapes, `[rows, columns]` for matrices.
@@ -249,13 +309,21 @@ impl DecoderConfig {
             let mut add =
                 |name: &str, shape: Vec<usize>| shapes.push((format!("blk.{layer}.{name}.weight"), shape));
             add("attn_norm", vec![hidden]);
-            add("attn_q", vec![q, hidden]);
-            add("attn_k", vec![kv, hidden]);
-            add("attn_v", vec![kv, hidden]);
+            if self.fused {
+                add("attn_qkv", vec![q + 2 * kv, hidden]);
+            } else {
+                add("attn_q", vec![q, hidden]);
+                add("attn_k", vec![kv, hidden]);
+                add("attn_v", vec![kv, hidden]);
+            }
             add("attn_output", vec![hidden, q]);
             add("ffn_norm", vec![hidden]);
-            add("ffn_gate", vec![self.feed_forward, hidden]);
-            add("ffn_up", vec![self.feed_forward, hidden]);
+            if self.fused {
+                add("ffn_up", vec![2 * self.feed_forward, hidden]);
+            } else {
+                add("ffn_gate", vec![self.feed_forward, hidden]);
+                add("ffn_up", vec![self.feed_forward, hidden]);
+            }
             add("ffn_down", vec![hidden, self.feed_forward]);
             if self.head_norms {
                 add("attn_q_norm", vec![self.head_dim]);
@@ -271,8 +339,8 @@ impl DecoderConfig {
                 shapes.push((format!("blk.{layer}.{part}.bias"), vec![size]));
             }
         }
-        if self.rope_divisors {
-            shapes.push(("rope_freqs.weight".to_owned(), vec![self.rope_dimensions / 2]));
+        if let Some(name) = &self.rope_divisors {
+            shapes.push((name.clone(), vec![self.rope_dimensions / 2]));
         }
         shapes
     }

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use super::config::{Activation, DecoderConfig, RopePairs};
-use super::layers::{RmsNorm, Rotations, Source};
+use super::layers::{RmsNorm, Source};
+use super::rope::{Rope, Rotations};
+use crate::LoadModel;
 use crate::gguf::GgufFile;
 use crate::kernels::attention::{Attention, Run};
 use crate::kernels::vector::{HeadShape, for_each_row};
 use crate::kernels::{Combine, Compute, Gate, Matrix, QuantizedRows, Rows, Target, WeightPrecision};
 use crate::kv::{BlockTable, KvCache, KvShape, LayerCache, Side};
-use crate::{InvalidModel, LoadModel};
 
 /// One row of a batch. Rows of one sequence follow each other, positions rising by one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +51,8 @@ pub(crate) struct Decoder {
     norm: RmsNorm,
     output: Arc<Matrix>,
     /// What RoPE's frequencies are divided by.
-    rope_divisors: Option<Vec<f32>>,
+    rope: Rope,
+    local_rope: Option<Rope>,
     scratch: Scratch,
 }
 
@@ -111,26 +113,15 @@ impl Decoder {
             progress(index + 1, config.layers);
         }
         let norm = source.norm("output_norm.weight", hidden, config.norm_epsilon)?;
-        let rope_divisors = config
-            .rope_divisors
-            .then(|| source.vector("rope_freqs.weight", config.rope_dimensions / 2))
-            .transpose()?;
-        if let Some(bad) = rope_divisors
-            .iter()
-            .flatten()
-            .find(|&&x| !(x.is_finite() && x > 0.0))
-        {
-            let allowed = "positive numbers";
-            return Err(InvalidModel::inconsistent("tensor rope_freqs.weight", bad, allowed).into());
-        }
         Ok(Self {
+            rope: Rope::global(file, &config)?,
+            local_rope: Rope::local(&config),
             config,
             compute,
             embedding,
             layers,
             norm,
             output,
-            rope_divisors,
             scratch: Scratch::default(),
         })
     }
@@ -166,18 +157,9 @@ impl Decoder {
             x.iter_mut().for_each(|x| *x *= config.embedding_scale);
         });
         let positions = || rows.iter().map(|row| row.position);
-        let global = Rotations::new(
-            positions(),
-            config.rope_dimensions,
-            config.rope_base,
-            config.rope_scale,
-            self.rope_divisors.as_deref(),
-        );
-        // Local layers are not stretched: they never see far.
-        let local = config.sliding_window.map(|_| {
-            let (dimensions, base) = (config.rope_dimensions, config.rope_base_local);
-            Rotations::new(positions(), dimensions, base, 1.0, None)
-        });
+        let global = Rotations::new(positions(), &self.rope);
+        let local = self.local_rope.as_ref();
+        let local = local.map(|rope| Rotations::new(positions(), rope));
         let step = Step {
             config,
             compute,
@@ -208,6 +190,7 @@ impl Decoder {
                 &mut [(&self.output, &mut scratch.logits)],
                 Combine::Store,
             );
+            scale(&mut scratch.logits, config.logit_scale);
         }
         &mut scratch.logits
     }
@@ -279,19 +262,46 @@ impl Layer {
             .then(|| Ok::<_, LoadModel>([bias("attn_q", q)?, bias("attn_k", kv)?, bias("attn_v", kv)?]))
             .transpose()?;
         let matrix = |part: &str, rows: usize, columns: usize| source.matrix(&name(part), [rows, columns]);
+        let feed = config.feed_forward;
+        let ([query, key, value], [gate, up]) = if config.fused {
+            let part = |whole: &str, all: usize, first: usize, count: usize| {
+                source.part_of_matrix(&name(whole), [all, hidden], first..first + count)
+            };
+            let all = q + 2 * kv;
+            let heads = [
+                part("attn_qkv", all, 0, q)?,
+                part("attn_qkv", all, q, kv)?,
+                part("attn_qkv", all, q + kv, kv)?,
+            ];
+            let halves = [
+                part("ffn_up", 2 * feed, 0, feed)?,
+                part("ffn_up", 2 * feed, feed, feed)?,
+            ];
+            (heads, halves)
+        } else {
+            let heads = [
+                matrix("attn_q", q, hidden)?,
+                matrix("attn_k", kv, hidden)?,
+                matrix("attn_v", kv, hidden)?,
+            ];
+            (
+                heads,
+                [matrix("ffn_gate", feed, hidden)?, matrix("ffn_up", feed, hidden)?],
+            )
+        };
         let layer = Self {
             attention_norm: norm("attn_norm", hidden)?,
-            query: matrix("attn_q", q, hidden)?,
-            key: matrix("attn_k", kv, hidden)?,
-            value: matrix("attn_v", kv, hidden)?,
+            query,
+            key,
+            value,
             output: matrix("attn_output", hidden, q)?,
             biases,
             query_norm: head_norm("attn_q_norm")?,
             key_norm: head_norm("attn_k_norm")?,
             post_attention_norm: output_norm("post_attention_norm")?,
             feed_norm: norm("ffn_norm", hidden)?,
-            gate: matrix("ffn_gate", config.feed_forward, hidden)?,
-            up: matrix("ffn_up", config.feed_forward, hidden)?,
+            gate,
+            up,
             down: matrix("ffn_down", hidden, config.feed_forward)?,
             post_feed_norm: output_norm("post_ffw_norm")?,
             local: config.is_local(index),
@@ -363,7 +373,7 @@ impl Layer {
             heads: config.heads,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
-            scale: 1.0 / (config.head_dim as f32).sqrt(),
+            scale: config.attention_scale,
             window: config.sliding_window.filter(|_| self.local),
         };
         let layer_cache = LayerCache {
@@ -391,7 +401,7 @@ impl Layer {
             attended,
             quantized,
             &self.output,
-            self.post_attention_norm.as_ref(),
+            (self.post_attention_norm.as_ref(), config.residual_scale),
             (x, change),
         );
     }
@@ -426,26 +436,36 @@ impl Layer {
             fed,
             quantized,
             &self.down,
-            self.post_feed_norm.as_ref(),
+            (self.post_feed_norm.as_ref(), config.residual_scale),
             (x, change),
         );
     }
 }
 
-/// Adds a product to the residual stream, normalised first where the model does that.
+/// Multiplies numbers where they are.
+fn scale(x: &mut [f32], by: f32) {
+    if by != 1.0 {
+        x.iter_mut().for_each(|x| *x *= by);
+    }
+}
+
+/// Adds a product to the residual stream, normalised or scaled first where the model does that.
 fn add_product(
     compute: &Compute,
     from: &[f32],
     quantized: &mut QuantizedRows,
     matrix: &Matrix,
-    norm: Option<&RmsNorm>,
+    (norm, by): (Option<&RmsNorm>, f32),
     (x, change): (&mut Vec<f32>, &mut Vec<f32>),
 ) {
-    let Some(norm) = norm else {
+    if norm.is_none() && by == 1.0 {
         product(compute, from, quantized, &mut [(matrix, x)], Combine::Add);
         return;
-    };
+    }
     product(compute, from, quantized, &mut [(matrix, change)], Combine::Store);
-    norm.apply(compute, change);
+    if let Some(norm) = norm {
+        norm.apply(compute, change);
+    }
+    scale(change, by);
     compute.add(x, change);
 }

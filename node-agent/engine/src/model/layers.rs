@@ -1,4 +1,6 @@
-//! The small parts: matrices of a file, norms, rotary positions.
+//! The small parts: matrices of a file, norms.
+
+use std::ops::Range;
 
 use candle_core::Device;
 use candle_core::quantized::GgmlDType;
@@ -17,6 +19,16 @@ pub(super) struct Source<'a> {
 impl Source<'_> {
     /// A matrix of the file, which must have this shape.
     pub(super) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix, LoadModel> {
+        self.part_of_matrix(name, shape, 0..shape[0])
+    }
+
+    /// Some rows of a matrix of the file, which must have this shape.
+    pub(super) fn part_of_matrix(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        rows: Range<usize>,
+    ) -> Result<Matrix, LoadModel> {
         let info = self.file.info(name)?;
         if info.shape != shape {
             return Err(InvalidModel::inconsistent(
@@ -27,6 +39,9 @@ impl Source<'_> {
             .into());
         }
         let bytes = self.file.tensor_bytes(name)?;
+        let row_bytes = bytes.len() / shape[0];
+        let bytes = &bytes[rows.start * row_bytes..rows.end * row_bytes];
+        let shape = [rows.len(), shape[1]];
         Matrix::pack(self.compute, info.dtype, bytes, shape, self.precision).map_err(LoadModel::Allocate)
     }
 
@@ -69,50 +84,5 @@ impl RmsNorm {
     /// Normalises each row where it is.
     pub(super) fn apply(&self, compute: &Compute, x: &mut [f32]) {
         compute.rms_norm_in_place(x, &self.weight, self.epsilon);
-    }
-}
-
-/// Sines and cosines for the positions of one step, `[rows, dimensions / 2]`. Computed for each step:
-/// a table over the whole context would take gigabytes for long ones.
-pub(crate) struct Rotations {
-    pub(crate) cos: Vec<f32>,
-    pub(crate) sin: Vec<f32>,
-}
-
-impl Rotations {
-    pub(crate) fn new(
-        positions: impl Iterator<Item = usize>,
-        dimensions: usize,
-        base: f32,
-        scale: f32,
-        divisors: Option<&[f32]>,
-    ) -> Self {
-        let divisor = |i: usize| divisors.and_then(|all| all.get(i)).copied().unwrap_or(1.0);
-        let frequencies: Vec<f32> = (0..dimensions / 2)
-            .map(|i| 1.0 / base.powf(2.0 * i as f32 / dimensions as f32) / divisor(i))
-            .collect();
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        for position in positions {
-            for frequency in &frequencies {
-                let (s, c) = (position as f32 / scale * frequency).sin_cos();
-                cos.push(c);
-                sin.push(s);
-            }
-        }
-        Self { cos, sin }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Llama 3.1 stores what its slow frequencies are divided by.
-    #[test]
-    fn divisors_slow_the_rotation_down() {
-        let plain = Rotations::new([12].into_iter(), 4, 100.0, 1.0, None);
-        let slowed = Rotations::new([12].into_iter(), 4, 100.0, 1.0, Some(&[1.0, 8.0]));
-        assert_eq!(plain.cos[0], slowed.cos[0]);
-        assert!((slowed.sin[1] - (12.0_f32 * 0.1 / 8.0).sin()).abs() < 1e-6);
     }
 }

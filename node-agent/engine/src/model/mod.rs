@@ -5,9 +5,10 @@ mod config;
 mod decoder;
 mod encoder;
 mod layers;
+mod rope;
 
 pub(crate) use bert::{EncoderConfig, TOKENIZER, read_bounded};
 pub(crate) use config::{Activation, DecoderConfig, RopePairs};
 pub(crate) use decoder::{Decoder, Row};
 pub(crate) use encoder::Encoder;
-pub(crate) use layers::Rotations;
+pub(crate) use rope::{Rope, Rotations};

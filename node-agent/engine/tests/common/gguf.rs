@@ -200,7 +200,7 @@ fn layers(mut file: Gguf, vocabulary: u64, count: u64, architecture: &str) -> Gg
     file = file.tensor("output_norm.weight", &[HIDDEN], std::iter::repeat(1.0));
     for layer in 0..count {
         let name = |part: &str| format!("blk.{layer}.{part}.weight");
-        let matrices = [
+        let apart = [
             ("attn_q", HIDDEN, 2 * HEAD),
             ("attn_k", HIDDEN, HEAD),
             ("attn_v", HIDDEN, HEAD),
@@ -209,7 +209,18 @@ fn layers(mut file: Gguf, vocabulary: u64, count: u64, architecture: &str) -> Gg
             ("ffn_up", HIDDEN, FEED),
             ("ffn_down", FEED, HIDDEN),
         ];
-        for (part, inner, outer) in matrices {
+        let fused = [
+            ("attn_qkv", HIDDEN, 4 * HEAD),
+            ("attn_output", 2 * HEAD, HIDDEN),
+            ("ffn_up", HIDDEN, 2 * FEED),
+            ("ffn_down", FEED, HIDDEN),
+        ];
+        let matrices = if architecture == "phi3" {
+            &fused[..]
+        } else {
+            &apart
+        };
+        for &(part, inner, outer) in matrices {
             file = add(file, &name(part), &[inner, outer]);
         }
         let own: &[(&str, u64)] = &[("attn_norm", HIDDEN), ("ffn_norm", HIDDEN)];
@@ -267,6 +278,22 @@ pub fn tiny_qwen2() -> Gguf {
 /// A Qwen 3 of two layers: as a llama, with norms of heads.
 pub fn tiny_qwen3() -> Gguf {
     tiny_bpe("qwen3", "qwen2")
+}
+
+/// A Phi 3 of two layers: queries, keys and values in one matrix, gate and up in another, an output of its own.
+pub fn tiny_phi3() -> Gguf {
+    let file = tiny_bpe("phi3", "qwen2");
+    let vocabulary = file.tensors[0].shape[1];
+    file.tensor("output.weight", &[HIDDEN, vocabulary], noise(99))
+}
+
+/// A Granite of two layers: as a llama, with four factors.
+pub fn tiny_granite() -> Gguf {
+    tiny_bpe("granite", "smollm")
+        .f32("granite.embedding_scale", 3.0)
+        .f32("granite.residual_scale", 0.5)
+        .f32("granite.attention.scale", 0.4)
+        .f32("granite.logit_scale", 4.0)
 }
 
 fn tiny_bpe(architecture: &str, pretokenizer: &str) -> Gguf {
