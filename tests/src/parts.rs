@@ -23,7 +23,7 @@ pub fn own(program: &str) -> Result<PathBuf> {
     let path = folder.map(|folder| folder.join(program));
     path.filter(|path| path.is_file()).with_context(|| {
         format!(
-            "no {program} lies near {}: cargo build --workspace --bins",
+            "no {program} lies near {}: tests/e2e builds what this needs",
             test.display()
         )
     })

@@ -16,6 +16,7 @@ mod world;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use traffic::{Desk, Traffic};
 use world::{World, condition, places};
 
@@ -24,9 +25,9 @@ const SILENCE: Duration = Duration::from_secs(40 + 15);
 /// No model moves before this: 90 s after the last heartbeat, which came at most 12 s before the cut.
 const GRACE: Duration = Duration::from_secs(90 - 12);
 
-async fn installs(world: &World) {
+async fn installs(world: &World, more: &[&str]) {
     let begun = Instant::now();
-    world.helm("install", &[]);
+    world.helm("install", more);
     println!("helm install until every pod is ready: {:.1?}", begun.elapsed());
     for node in &world.cluster.nodes {
         world
@@ -371,7 +372,7 @@ async fn leaves_what_the_user_owns(world: &World) {
 #[ignore = "needs root, the images, and some minutes: just e2e"]
 async fn a_model_on_three_machines_outlives_what_befalls_them() {
     let mut world = World::make(3).await;
-    installs(&world).await;
+    installs(&world, &[]).await;
     let desk = Desk::on(&world, "node-3").await;
     let begun = Instant::now();
     world.deploy(
@@ -405,7 +406,7 @@ async fn a_model_on_three_machines_outlives_what_befalls_them() {
 #[ignore = "needs root and the images: just e2e-short"]
 async fn a_model_on_a_machine_answers_and_comes_back() {
     let world = World::make(2).await;
-    installs(&world).await;
+    installs(&world, &[]).await;
     let desk = Desk::on(&world, "node-2").await;
     world.deploy(
         "smollm2",
@@ -422,4 +423,46 @@ async fn a_model_on_a_machine_answers_and_comes_back() {
     kill(&world.processes("node-1", "freehold-node-agent worker"));
     traffic.until_well(&world, "the worker was killed", 5).await;
     leaves_what_the_user_owns(&world).await;
+}
+
+/// The only operator is on the machine that is cut off: another one takes over, and tells.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs root, the images, and some minutes: just e2e"]
+async fn an_operator_that_is_cut_off_is_replaced() {
+    let world = World::make(2).await;
+    installs(&world, &["--set", "operator.nodeSelector=null"]).await;
+    let on = |pod: &Value| pod["spec"]["nodeName"].as_str().unwrap().to_owned();
+    let node = on(&world.pod("operator", None).unwrap());
+    world
+        .cluster
+        .network
+        .connect(&world.node(&node).space, false)
+        .unwrap();
+    let cut = Instant::now();
+    let look = || {
+        let pod = world.pod("operator", None).ok_or("there is none")?;
+        let elsewhere = on(&pod) != node && condition(&pod, "Ready") == "True";
+        if elsewhere {
+            Ok(())
+        } else {
+            Err(pod["status"].to_string())
+        }
+    };
+    world.until("another operator is there", look).await;
+    let look = || match condition(&world.machine(&node), "Reachable").as_str() {
+        "False" => Ok(()),
+        other => Err(other.to_owned()),
+    };
+    world.until("it tells that the machine is silent", look).await;
+    println!("told {:.0} s after the cut", cut.elapsed().as_secs_f64());
+    world
+        .cluster
+        .network
+        .connect(&world.node(&node).space, true)
+        .unwrap();
+    let look = || match condition(&world.machine(&node), "Reachable").as_str() {
+        "True" => Ok(()),
+        other => Err(other.to_owned()),
+    };
+    world.until("it is back", look).await;
 }

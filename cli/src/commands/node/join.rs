@@ -200,14 +200,17 @@ fn files(
         Platform::Systemd => unit::unit(layout, &gpu_groups()),
         Platform::Launchd => plist::plist(layout, settings, user),
     };
-    let mut files = vec![File::new(layout.service.clone(), 0o644, service)];
+    // The name first: with it, `freehold node leave` undoes whatever followed.
+    let mut files = vec![
+        File::new(layout.node(), 0o600, format!("{node}\n")),
+        File::new(layout.service.clone(), 0o644, service),
+    ];
     if let Some(path) = layout.environment() {
         // A person may put secrets into it.
         files.push(File::new(path, 0o600, unit::environment(settings)));
     }
     let user = json!({"tokenFile": layout.token()});
     files.push(File::new(layout.kubeconfig(), 0o600, address.kubeconfig(&user)?));
-    files.push(File::new(layout.node(), 0o600, format!("{node}\n")));
     files.push(File {
         secret: Some("a token of this machine's account"),
         ..File::new(layout.token(), 0o600, token.to_owned())
