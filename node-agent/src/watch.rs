@@ -1,14 +1,39 @@
 //! Watches this machine's InferenceNode, and nothing else.
 
+use std::time::Duration;
+
 use freehold_crds::{InferenceNode, InferenceNodeSpec};
 use futures::TryStreamExt;
 use kube::runtime::WatchStreamExt;
-use kube::runtime::watcher::watch_object;
+use kube::runtime::utils::Backoff;
+use kube::runtime::watcher::{DefaultBackoff, watch_object};
 use kube::{Api, Client};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use crate::spec_file::{Accepted, SpecFile};
+
+/// Longest pause between two attempts to watch, with as much again by chance: many machines lose the API at once.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// The usual pauses, which grow to half a minute, cut at that.
+#[derive(Default)]
+struct Patience(DefaultBackoff);
+
+impl Iterator for Patience {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let longest = LONGEST_PAUSE.mul_f64(1.0 + rand::random::<f64>());
+        self.0.next().map(|pause| pause.min(longest))
+    }
+}
+
+impl Backoff for Patience {
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+}
 
 /// What is known of the object.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,7 +54,7 @@ pub(crate) async fn run(
     observed: watch::Sender<Observed>,
 ) {
     let api: Api<InferenceNode> = Api::all(client);
-    let mut objects = std::pin::pin!(watch_object(api, &node).default_backoff());
+    let mut objects = std::pin::pin!(watch_object(api, &node).backoff(Patience::default()));
     let mut reachable = true;
     loop {
         match objects.try_next().await {

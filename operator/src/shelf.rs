@@ -7,15 +7,39 @@
 use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use futures::StreamExt;
 use kube::runtime::reflector::{Lookup, ObjectRef, Store, store::Writer};
+use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 use tracing::{info, warn};
+
+/// Longest pause between two attempts to watch. The usual ones grow to half a minute, and after an outage as many kinds
+/// as one waits for come late by that.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// The usual pauses, none longer than [`LONGEST_PAUSE`].
+#[derive(Default)]
+struct Patience(watcher::DefaultBackoff);
+
+impl Iterator for Patience {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|pause| pause.min(LONGEST_PAUSE))
+    }
+}
+
+impl Backoff for Patience {
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+}
 
 /// The objects of one kind.
 pub(crate) struct Shelf<K>
@@ -177,7 +201,7 @@ where
         seen: impl Fn(Seen<'_, K>) + Send,
     ) {
         let kind = K::kind(&()).into_owned();
-        let mut events = watch(api, config).default_backoff().boxed();
+        let mut events = watch(api, config).backoff(Patience::default()).boxed();
         let mut failing = false;
         while let Some(event) = events.next().await {
             match event {

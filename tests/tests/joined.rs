@@ -324,6 +324,40 @@ async fn writes_for_itself_alone(stage: &Stage) {
         .unwrap();
 }
 
+/// The API server is away for a while: what is wanted after that arrives soon, however long it was.
+async fn outlives_an_outage(stage: &mut Stage) {
+    stage.server.kill();
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert_eq!(stage.unit("ActiveState"), "active");
+    stage.server.start_again().await.unwrap();
+    let begun = Instant::now();
+    let model = json!({"apiVersion": "freehold.dev/v1alpha1", "kind": "ModelDeployment",
+        "metadata": {"name": "lost", "namespace": "default"}, "spec": {"model": {"path": "/nowhere.gguf"}}});
+    stage
+        .person
+        .kubectl(&["apply", "-f", "-"], &model.to_string())
+        .unwrap();
+    stage
+        .until("the machine tells of a model", || {
+            let seen = json!(stage.seen()).to_string();
+            if seen.contains("\"instances\"") {
+                Ok(())
+            } else {
+                Err(seen)
+            }
+        })
+        .await;
+    println!(
+        "carried out {:.1?} after the API server was back",
+        begun.elapsed()
+    );
+    assert!(begun.elapsed() < Duration::from_secs(20));
+    stage
+        .person
+        .kubectl(&["delete", "modeldeployment", "lost"], "")
+        .unwrap();
+}
+
 /// One that crashes and one that hangs are started again.
 async fn is_started_again(stage: &Stage) {
     let drop_in = stage
@@ -461,11 +495,12 @@ async fn leaves_nothing(stage: &Stage) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs root and systemd's program"]
 async fn a_machine_joins_works_is_upgraded_and_leaves() {
-    let stage = Stage::set().await;
+    let mut stage = Stage::set().await;
     joins(&stage).await;
     is_confined(&stage);
     renews_its_token(&stage).await;
     writes_for_itself_alone(&stage).await;
+    outlives_an_outage(&mut stage).await;
     is_started_again(&stage).await;
     upgrades_and_rolls_back(&stage);
     leaves_nothing(&stage).await;
