@@ -4,6 +4,7 @@
 //! weights.rs   GGUF blocks repacked into tiles of 16 rows (unpack.rs knows the formats)
 //! rows.rs      activations as 8-bit integers with scales
 //! product.rs   tiles x rows, ragged batches of any height   ┐
+//! tile.rs      one tile x some rows: the innermost loops    │
 //! attention.rs softmax(q k) v over the paged cache          ├─ written once over simd.rs
 //! encode.rs    what an encoder needs beside products        │
 //! vector.rs    norms, gates, additions                      ┘
@@ -29,6 +30,7 @@ mod rows;
 mod simd;
 #[cfg(test)]
 mod tests;
+mod tile;
 mod unpack;
 pub(crate) mod vector;
 mod weights;

@@ -53,7 +53,15 @@ pub(crate) trait Simd: Copy {
     fn scale_by_power_of_two(self, a: Self::F, n: Self::I) -> Self::F;
 
     fn splat_i32(self, x: i32) -> Self::I;
+    /// Reads 16 integers.
+    unsafe fn load_i32(self, from: *const i32) -> Self::I;
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    fn and_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Moves bits down by less than 32; zeros come in.
+    fn shift_right(self, a: Self::I, bits: u32) -> Self::I;
+    /// Moves bits up by less than 32.
+    fn shift_left(self, a: Self::I, bits: u32) -> Self::I;
     fn reduce_add_i32(self, a: Self::I) -> i32;
     /// Writes the lanes as 16 bytes; they must be from -128 to 127.
     unsafe fn store_i8(self, to: *mut i8, x: Self::I);
@@ -68,6 +76,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_bytes(self, from: *const u8) -> Self::B;
     fn low_nibbles(self, a: Self::B) -> Self::B;
     fn high_nibbles(self, a: Self::B) -> Self::B;
+    /// Bits `2 * which` and the next of each byte; `which` is below 4.
+    fn two_bits(self, a: Self::B, which: usize) -> Self::B;
     /// Adds `value` to the bytes whose bit in `mask` is set.
     fn add_where(self, a: Self::B, mask: u64, value: u8) -> Self::B;
 }
@@ -207,8 +217,29 @@ impl Simd for Portable {
         [x; LANES]
     }
     #[inline(always)]
+    unsafe fn load_i32(self, from: *const i32) -> Self::I {
+        // SAFETY: the caller's promise; arrays of integers have no invalid values.
+        unsafe { from.cast::<Self::I>().read_unaligned() }
+    }
+    #[inline(always)]
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
         lanes!(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    fn and_i32(self, a: Self::I, b: Self::I) -> Self::I {
+        lanes!(|i| a[i] & b[i])
+    }
+    #[inline(always)]
+    fn or_i32(self, a: Self::I, b: Self::I) -> Self::I {
+        lanes!(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn shift_right(self, a: Self::I, bits: u32) -> Self::I {
+        lanes!(|i| (a[i].cast_unsigned() >> bits).cast_signed())
+    }
+    #[inline(always)]
+    fn shift_left(self, a: Self::I, bits: u32) -> Self::I {
+        lanes!(|i| a[i] << bits)
     }
     #[inline(always)]
     fn reduce_add_i32(self, a: Self::I) -> i32 {
@@ -249,6 +280,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn high_nibbles(self, a: Self::B) -> Self::B {
         lanes!(|i| a[i] >> 4)
+    }
+    #[inline(always)]
+    fn two_bits(self, a: Self::B, which: usize) -> Self::B {
+        lanes!(|i| a[i] >> (2 * which) & 3)
     }
     #[inline(always)]
     fn add_where(self, a: Self::B, mask: u64, value: u8) -> Self::B {

@@ -119,6 +119,24 @@ fn rows_of_every_format_are_read_as_candle_reads_them() {
     }
 }
 
+/// Decoding reads every weight for every token: what a tile adds to the file's bytes is time.
+#[test]
+fn tiles_are_hardly_larger_than_the_rows_of_the_file() {
+    let mut rng = StdRng::seed_from_u64(6);
+    let compute = Compute::new(1).unwrap();
+    for dtype in QUANTIZED.into_iter().chain(FLOATS) {
+        let (bytes, _) = weights(&mut rng, dtype, 32, 1024);
+        let matrix = Matrix::pack(&compute, dtype, &bytes, [32, 1024], WeightPrecision::Native).unwrap();
+        let ratio = (0..matrix.tiles())
+            .map(|tile| matrix.tile(tile).len())
+            .sum::<usize>() as f64
+            / bytes.len() as f64;
+        // The two-bit format packs its factors closer than whole bytes.
+        let most = if dtype == GgmlDType::Q2K { 1.2 } else { 1.04 };
+        assert!(ratio <= most, "{dtype:?}: {ratio}");
+    }
+}
+
 #[test]
 fn products_equal_plain_arithmetic_in_every_format_and_shape() {
     let mut rng = StdRng::seed_from_u64(2);

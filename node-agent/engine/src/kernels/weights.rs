@@ -3,7 +3,8 @@
 //! A tile holds 16 rows. Along the columns it goes in blocks of 32: first the numbers of all blocks, then
 //! the scales of all blocks, so both are read straight through. In a block of nibbles, byte `4 * row + j`
 //! of group `g` holds columns `8 g + j` (low) and `8 g + 4 + j` (high): a vector of 64 bytes meets four
-//! columns of the activations. Bits above the fourth follow as planes, one bit a number.
+//! columns of the activations. Numbers of 2 and 3 bits lie four in a byte in the same manner. Bits above
+//! the second or fourth follow as planes, one bit a number. So a tile is about as large as the file's rows.
 
 use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
@@ -43,18 +44,29 @@ pub(super) enum Format {
     F32,
 }
 
+/// Words that hold the sixteen factors of six bits of a row.
+pub(super) const SIX_BIT_WORDS: usize = 3;
+
 /// What a product must know of a quantised format when it is compiled.
 pub(super) trait Layout {
-    /// Bits of a number in memory: 4, 5, 6 or 8.
+    /// Bits of a number in memory: 2, 3, 4, 5, 6 or 8.
     const BITS: usize;
+    /// Bits of a number that lie together: 2, 4 or 8.
+    const BASE: usize = match Self::BITS {
+        2 | 3 => 2,
+        8 => 8,
+        _ => 4,
+    };
     /// Scales of a block.
     const HALVES: usize;
     /// Whether a minimum is added.
     const MINIMUM: bool;
     /// Taken off every number.
     const OFFSET: u8;
-    /// Planes of bits above the fourth.
-    const PLANES: usize = if Self::BITS == 8 { 0 } else { Self::BITS - 4 };
+    /// Planes of bits above those.
+    const PLANES: usize = Self::BITS - Self::BASE;
+    /// Bytes of a block's numbers before its planes.
+    const BASE_BYTES: usize = BLOCK * LANES * Self::BASE / 8;
     /// Bytes of a block's numbers.
     const NUMBER_BYTES: usize = BLOCK * LANES * Self::BITS / 8;
     /// Whether eight blocks share a scale and a minimum in half precision, and each has small factors.
@@ -63,8 +75,13 @@ pub(super) trait Layout {
     const SHARED: usize = if Self::FACTORS { 8 } else { 1 };
     /// Vectors of a block's scales and minimums, or factors: `[scales, minimums] x halves`.
     const SCALE_VECTORS: usize = Self::HALVES * if Self::MINIMUM { 2 } else { 1 };
+    /// Whether factors have six bits: scales and minimums of eight blocks, in turn, one after the other
+    /// in three words of 32 bits a row.
+    const SIX_BITS: bool = Self::FACTORS && Self::HALVES == 1;
     /// Bytes of those, for `SHARED` blocks: with factors, the shared scale and minimum come first.
-    const SCALE_BYTES: usize = if Self::FACTORS {
+    const SCALE_BYTES: usize = if Self::SIX_BITS {
+        Self::HEAD_BYTES + SIX_BIT_WORDS * 4 * LANES
+    } else if Self::FACTORS {
         Self::HEAD_BYTES + Self::SHARED * LANES * Self::SCALE_VECTORS
     } else {
         2 * LANES * Self::SCALE_VECTORS
@@ -93,8 +110,8 @@ layout!(FivesMinimum, 5, 1, true, 0, false);
 layout!(FivesFactors, 5, 1, true, 0, true);
 layout!(Bytes, 8, 1, false, 128, false);
 layout!(SixesHalves, 6, 2, false, 32, true);
-layout!(ThreesHalves, 4, 2, false, 4, true);
-layout!(TwosHalvesMinimum, 4, 2, true, 0, true);
+layout!(ThreesHalves, 3, 2, false, 4, true);
+layout!(TwosHalvesMinimum, 2, 2, true, 0, true);
 
 /// Runs `$body` with `$layout` standing for the type of a quantised format; floats give `$otherwise`.
 macro_rules! with_layout {
@@ -336,6 +353,11 @@ fn pack_row(format: Format, dtype: GgmlDType, row: &[u8], columns: usize, lane: 
     });
 }
 
+/// Word and bit where factor `index` of six bits begins; it may reach into the next word.
+pub(super) const fn six_bits_at(index: usize) -> (usize, u32) {
+    (index * 6 / 32, (index * 6 % 32) as u32)
+}
+
 /// Puts 32 weights of one row into their places.
 fn write_block<L: Layout>(tile: &mut [u8], blocks: usize, block: usize, lane: usize, from: &Unpacked) {
     let (numbers, scales) = tile.split_at_mut(blocks * L::NUMBER_BYTES);
@@ -343,23 +365,18 @@ fn write_block<L: Layout>(tile: &mut [u8], blocks: usize, block: usize, lane: us
     // Four numbers at a time: loading a model is this function, some million times.
     let quads: [u32; BLOCK / 4] =
         std::array::from_fn(|quad| u32::from_le_bytes(std::array::from_fn(|j| from.numbers[4 * quad + j])));
-    if L::BITS == 8 {
-        for (place, quad) in numbers.chunks_exact_mut(64).zip(quads) {
-            place[lane * 4..][..4].copy_from_slice(&quad.to_le_bytes());
-        }
-    } else {
-        const NIBBLES: u32 = 0x0f0f_0f0f;
-        for (place, pair) in numbers.chunks_exact_mut(64).zip(quads.chunks_exact(2)) {
-            let both = pair[0] & NIBBLES | (pair[1] & NIBBLES) << 4;
-            place[lane * 4..][..4].copy_from_slice(&both.to_le_bytes());
-        }
-        for plane in 0..L::PLANES {
-            let bits = &mut numbers[256 + plane * 64..][..64];
-            for (place, quad) in bits.chunks_exact_mut(8).zip(quads) {
-                // One bit of each byte, moved together by a product: bit 8 j goes to bit 24 + j.
-                let four = (quad >> (4 + plane) & 0x0101_0101).wrapping_mul(0x0102_0408) >> 24 & 15;
-                place[lane / 2] |= (four as u8) << (lane % 2 * 4);
-            }
+    let (base, planes) = numbers.split_at_mut(L::BASE_BYTES);
+    let bits = (0xff_u32 >> (8 - L::BASE)) * 0x0101_0101;
+    for (place, together) in base.chunks_exact_mut(64).zip(quads.chunks_exact(8 / L::BASE)) {
+        let together = together.iter().enumerate();
+        let word = together.fold(0, |word, (i, quad)| word | (quad & bits) << (i * L::BASE));
+        place[lane * 4..][..4].copy_from_slice(&word.to_le_bytes());
+    }
+    for (plane, bits) in planes.chunks_exact_mut(64).enumerate() {
+        for (place, quad) in bits.chunks_exact_mut(8).zip(quads) {
+            // One bit of each byte, moved together by a product: bit 8 j goes to bit 24 + j.
+            let four = (quad >> (L::BASE + plane) & 0x0101_0101).wrapping_mul(0x0102_0408) >> 24 & 15;
+            place[lane / 2] |= (four as u8) << (lane % 2 * 4);
         }
     }
     let scales = &mut scales[block / L::SHARED * L::SCALE_BYTES..][..L::SCALE_BYTES];
@@ -370,7 +387,20 @@ fn write_block<L: Layout>(tile: &mut [u8], blocks: usize, block: usize, lane: us
     if L::MINIMUM {
         half_precision(1, from.minimum);
     }
-    if L::FACTORS {
+    if L::SIX_BITS {
+        let factors = [from.factors[0], from.minimum_factors[0]];
+        for (i, factor) in factors.into_iter().enumerate() {
+            let (word, shift) = six_bits_at(2 * (block % L::SHARED) + i);
+            let wide = u64::from(factor.cast_unsigned() & 63) << shift;
+            for (word, part) in [(word, wide as u32), (word + 1, (wide >> 32) as u32)] {
+                if part != 0 {
+                    let place = &mut scales[L::HEAD_BYTES + 4 * (word * LANES + lane)..][..4];
+                    let old = u32::from_le_bytes([place[0], place[1], place[2], place[3]]);
+                    place.copy_from_slice(&(old | part).to_le_bytes());
+                }
+            }
+        }
+    } else if L::FACTORS {
         let start = L::HEAD_BYTES + block % L::SHARED * LANES * L::SCALE_VECTORS;
         for half in 0..L::HALVES {
             scales[start + half * LANES + lane] = from.factors[half].cast_unsigned();
@@ -389,6 +419,15 @@ fn read_row<L: Layout>(tile: &[u8], lane: usize, out: &mut [f32]) {
         let scales = &scales[block / L::SHARED * L::SCALE_BYTES..][..L::SCALE_BYTES];
         let shared = |index: usize| f16::from_bits(half_at(scales, index * LANES + lane)).to_f32();
         let factor = |index: usize| {
+            if L::SIX_BITS {
+                let word_at = |word: usize| {
+                    let at = L::HEAD_BYTES + 4 * (word * LANES + lane);
+                    u64::from(u32::from_le_bytes(std::array::from_fn(|i| scales[at + i])))
+                };
+                let (word, shift) = six_bits_at(2 * (block % L::SHARED) + index);
+                let next = if shift > 26 { word_at(word + 1) } else { 0 };
+                return ((word_at(word) | next << 32) >> shift & 63) as f32;
+            }
             let start = L::HEAD_BYTES + block % L::SHARED * LANES * L::SCALE_VECTORS;
             if L::FACTORS {
                 f32::from(scales[start + index * LANES + lane].cast_signed())
@@ -398,14 +437,13 @@ fn read_row<L: Layout>(tile: &[u8], lane: usize, out: &mut [f32]) {
         };
         for (column, out) in out.iter_mut().enumerate() {
             let (quad, j) = (column / 4, column % 4);
-            let mut number = if L::BITS == 8 {
-                numbers[quad * 64 + lane * 4 + j]
-            } else {
-                numbers[quad / 2 * 64 + lane * 4 + j] >> (4 * (quad % 2)) & 15
-            };
+            let together = 8 / L::BASE;
+            let byte = numbers[quad / together * 64 + lane * 4 + j];
+            let mut number = byte >> (quad % together * L::BASE) & (0xff >> (8 - L::BASE));
             for plane in 0..L::PLANES {
                 let place = quad * 64 + lane * 4 + j;
-                number |= (numbers[256 + plane * 64 + place / 8] >> (place % 8) & 1) << (4 + plane);
+                let bits = numbers[L::BASE_BYTES + plane * 64 + place / 8];
+                number |= (bits >> (place % 8) & 1) << (L::BASE + plane);
             }
             let half = column * L::HALVES / BLOCK;
             *out = shared(0) * factor(half) * (f32::from(number) - f32::from(L::OFFSET));

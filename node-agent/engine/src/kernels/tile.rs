@@ -1,0 +1,391 @@
+//! The innermost loops: one tile of weights times some rows.
+
+use std::marker::PhantomData;
+
+use super::product::{Products, Rows};
+use super::rows::{BLOCK, Group, GroupView, SUMS};
+use super::simd::{LANES, Simd};
+use super::weights::{Format, Layout, Matrix, SIX_BIT_WORDS, six_bits_at, with_layout};
+
+/// How far ahead weights are asked for: some hundred nanoseconds of reading.
+const PREFETCH_BYTES: usize = 4096;
+
+/// Writes the products of all rows of a piece.
+#[inline(always)]
+pub(super) fn multiply<S: Simd>(
+    simd: S,
+    matrix: &Matrix,
+    tile: usize,
+    rows: Rows<'_>,
+    piece: &[Group],
+    products: &mut Products,
+) {
+    let data = matrix.tile(tile);
+    let mut done = 0;
+    for &group in piece {
+        // The last row's place is looked up first: there is room for the whole group.
+        let _ = products.row(done + group.rows - 1);
+        let out = products.row(done);
+        with_layout!(matrix.format(), L => {
+            let view = rows.quantized.view(group);
+            let blocks = view.scales.len() / group.rows;
+            assert!(blocks.is_multiple_of(L::SHARED));
+            assert!(data.len() >= blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES);
+            // SAFETY: the tile has as many blocks as the rows, by the assertion; `view` cut its slices to
+            // the group; `out` has room for the group's rows.
+            unsafe { quantized_group::<S, L>(simd, data, view, out) }
+        }, _ => {
+            let columns = matrix.columns();
+            let x = &rows.floats[group.first_row * columns..(group.first_row + group.rows) * columns];
+            // SAFETY: a tile of floats holds 16 numbers for each column; `x` and `out` are the group's.
+            unsafe {
+                match matrix.format() {
+                    Format::F16 => float_group::<S, HalfPrecision>(simd, data, x, columns, out),
+                    Format::Bf16 => float_group::<S, BrainFloat>(simd, data, x, columns, out),
+                    _ => float_group::<S, SinglePrecision>(simd, data, x, columns, out),
+                }
+            }
+        });
+        done += group.rows;
+    }
+}
+
+/// Cuts a group into as many rows as the registers hold.
+///
+/// # Safety
+/// The tile has the group's blocks; `out` has room for 16 numbers a row.
+#[inline(always)]
+unsafe fn quantized_group<S: Simd, L: Layout>(simd: S, tile: &[u8], view: GroupView<'_>, out: *mut f32) {
+    // SAFETY: the caller's promise; the rows of the calls add up to the group's.
+    unsafe {
+        match (view.group.rows, S::ROWS) {
+            (1, _) => rows_of_group::<S, L, 1, 1>(simd, tile, view, out),
+            (2, _) => rows_of_group::<S, L, 2, 2>(simd, tile, view, out),
+            (4, 2) => rows_of_group::<S, L, 2, 4>(simd, tile, view, out),
+            (4, _) => rows_of_group::<S, L, 4, 4>(simd, tile, view, out),
+            (_, 2) => rows_of_group::<S, L, 2, 8>(simd, tile, view, out),
+            (_, 4) => rows_of_group::<S, L, 4, 8>(simd, tile, view, out),
+            _ => rows_of_group::<S, L, 8, 8>(simd, tile, view, out),
+        }
+    }
+}
+
+/// All rows of a group of `G`, `M` at a time.
+///
+/// # Safety
+/// As [`quantized_group`]; the group has `G` rows, and `M` divides `G`.
+#[inline(always)]
+unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
+    simd: S,
+    tile: &[u8],
+    view: GroupView<'_>,
+    out: *mut f32,
+) {
+    let blocks = view.scales.len() / G;
+    for first in (0..G).step_by(M) {
+        // SAFETY: the caller's promise; rows `first` to `first + M` are in the group.
+        unsafe {
+            let sums = blocks_times_rows::<S, L, M, G>(
+                simd,
+                tile.as_ptr(),
+                blocks,
+                view.values.as_ptr().cast::<i32>().add(first),
+                view.scales.as_ptr().add(first),
+                view.sums.as_ptr().add(first),
+            );
+            for (row, sum) in sums.into_iter().enumerate() {
+                simd.store(out.add((first + row) * LANES), sum);
+            }
+        }
+    }
+}
+
+/// The innermost loop: one tile, `M` rows of a group of `G`.
+///
+/// For each block, integer products of 16 rows of weights with `M` rows of activations are summed up
+/// exactly, then scaled. What the numbers were moved up by (`OFFSET`) and the minimums are added by way of
+/// the activations' sums.
+///
+/// # Safety
+/// `tile` holds `blocks` blocks of the layout; `values`, `scales` and `sums` point at the first of `M` rows
+/// in a group of `G` with as many blocks.
+#[inline(always)]
+unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
+    simd: S,
+    tile: *const u8,
+    blocks: usize,
+    mut values: *const i32,
+    mut scales: *const f32,
+    mut sums: *const f32,
+) -> [S::F; M] {
+    let mut total = [simd.splat(0.0); M];
+    let mut numbers = tile;
+    // SAFETY (all below): pointers walk block by block through what the caller promised.
+    let mut factors = unsafe { tile.add(blocks * L::NUMBER_BYTES) };
+    for _ in 0..blocks / L::SHARED {
+        unsafe {
+            let scales_of_block = Scales::<S, L>::begin(simd, factors);
+            factors = factors.add(L::SCALE_BYTES);
+            for block in 0..L::SHARED {
+                if M == 1 {
+                    // One row is done as fast as memory delivers: ask early, across the ends of pages and
+                    // tiles.
+                    for line in 0..L::NUMBER_BYTES / 64 {
+                        simd.prefetch(numbers.wrapping_add(PREFETCH_BYTES + line * 64));
+                    }
+                }
+                let quads_of_half = 8 / L::HALVES;
+                for half in 0..L::HALVES {
+                    // Two sums each, so that a lone row does not wait for its own last product.
+                    let mut even = [simd.splat_i32(0); M];
+                    let mut odd = [simd.splat_i32(0); M];
+                    for quad in half * quads_of_half..(half + 1) * quads_of_half {
+                        let weights = quad_of_numbers::<S, L>(simd, numbers, quad);
+                        for row in 0..M {
+                            let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
+                            let sum = if M == 1 && quad % 2 == 1 {
+                                &mut odd[row]
+                            } else {
+                                &mut even[row]
+                            };
+                            *sum = if L::BITS == 8 {
+                                simd.dot_wide(*sum, weights, x)
+                            } else {
+                                simd.dot(*sum, weights, x)
+                            };
+                        }
+                    }
+                    let (scale, shift) = scales_of_block.of_half(simd, block, half);
+                    let which = if L::HALVES == 1 { 2 } else { half };
+                    for row in 0..M {
+                        let sum = if M == 1 {
+                            simd.add_i32(even[row], odd[row])
+                        } else {
+                            even[row]
+                        };
+                        let scale = simd.mul(scale, simd.splat(*scales.add(row)));
+                        total[row] = simd.fma(simd.to_float(sum), scale, total[row]);
+                        total[row] = simd.fma(shift, simd.splat(*sums.add(which * G + row)), total[row]);
+                    }
+                }
+                numbers = numbers.add(L::NUMBER_BYTES);
+                values = values.add(BLOCK / 4 * G);
+                scales = scales.add(G);
+                sums = sums.add(SUMS * G);
+            }
+        }
+    }
+    total
+}
+
+/// The scales of `L::SHARED` blocks of a tile.
+struct Scales<S: Simd, L: Layout> {
+    /// Scale and minimum that the blocks share.
+    scale: S::F,
+    minimum: S::F,
+    /// Factors of one byte, where there are any.
+    factors: *const i8,
+    /// Scales and minimums of each block, made of factors of six bits, where those are.
+    made: [[S::F; 2]; 8],
+    layout: PhantomData<L>,
+}
+
+impl<S: Simd, L: Layout> Scales<S, L> {
+    /// # Safety
+    /// The scales of `L::SHARED` blocks of the layout are at `from`.
+    #[inline(always)]
+    unsafe fn begin(simd: S, from: *const u8) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let scale = simd.load_f16(from.cast());
+            let minimum = if L::MINIMUM {
+                simd.load_f16(from.add(2 * LANES).cast())
+            } else {
+                scale
+            };
+            let factors = from.wrapping_add(L::HEAD_BYTES);
+            let mut made = [[scale; 2]; 8];
+            if L::SIX_BITS {
+                let words: [S::I; SIX_BIT_WORDS] =
+                    std::array::from_fn(|word| simd.load_i32(factors.add(4 * LANES * word).cast()));
+                let factor = |index| {
+                    let (word, shift) = six_bits_at(index);
+                    let mut bits = simd.shift_right(words[word], shift);
+                    if shift > 26 {
+                        bits = simd.or_i32(bits, simd.shift_left(words[word + 1], 32 - shift));
+                    }
+                    simd.to_float(simd.and_i32(bits, simd.splat_i32(63)))
+                };
+                for (block, made) in made.iter_mut().enumerate() {
+                    *made = [
+                        simd.mul(scale, factor(2 * block)),
+                        simd.mul(minimum, factor(2 * block + 1)),
+                    ];
+                }
+            }
+            Self {
+                scale,
+                minimum,
+                factors: factors.cast(),
+                made,
+                layout: PhantomData,
+            }
+        }
+    }
+
+    /// What products are multiplied with, and what the activations' sums are.
+    ///
+    /// # Safety
+    /// `block` is below `L::SHARED`, `half` below `L::HALVES`.
+    #[inline(always)]
+    unsafe fn of_half(&self, simd: S, block: usize, half: usize) -> (S::F, S::F) {
+        if L::SIX_BITS {
+            let [scale, minimum] = self.made[block];
+            return (scale, minimum);
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut scale = self.scale;
+            let mut minimum = self.minimum;
+            if L::FACTORS {
+                let factors = self.factors.add(block * LANES * L::SCALE_VECTORS);
+                scale = simd.mul(scale, simd.load_i8(factors.add(half * LANES)));
+                if L::MINIMUM {
+                    let factor = simd.load_i8(factors.add((L::HALVES + half) * LANES));
+                    minimum = simd.mul(minimum, factor);
+                }
+            }
+            if L::MINIMUM {
+                (scale, minimum)
+            } else {
+                (scale, simd.mul(scale, simd.splat(-f32::from(L::OFFSET))))
+            }
+        }
+    }
+}
+
+/// Four columns of 16 rows, one byte each.
+///
+/// # Safety
+/// `numbers` points at a block of the layout; `quad` is below 8.
+#[inline(always)]
+unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *const u8, quad: usize) -> S::B {
+    // SAFETY: the caller's promise: 64 bytes for as many quads as lie together, then 8 bytes a quad and plane.
+    unsafe {
+        if L::BITS == 8 {
+            return simd.load_bytes(numbers.add(quad * 64));
+        }
+        let together = 8 / L::BASE;
+        let packed = simd.load_bytes(numbers.add(quad / together * 64));
+        let mut bytes = match (L::BASE, quad % together) {
+            (2, which) => simd.two_bits(packed, which),
+            (_, 0) => simd.low_nibbles(packed),
+            _ => simd.high_nibbles(packed),
+        };
+        for plane in 0..L::PLANES {
+            let mask = numbers
+                .add(L::BASE_BYTES + plane * 64 + quad * 8)
+                .cast::<u64>()
+                .read_unaligned();
+            bytes = simd.add_where(bytes, mask, 1 << (L::BASE + plane));
+        }
+        bytes
+    }
+}
+
+/// A number format of weights that are not quantised.
+trait FloatFormat {
+    const BYTES: usize;
+    /// # Safety
+    /// 16 numbers are at `from`.
+    unsafe fn load<S: Simd>(simd: S, from: *const u8) -> S::F;
+}
+
+struct SinglePrecision;
+struct HalfPrecision;
+struct BrainFloat;
+
+impl FloatFormat for SinglePrecision {
+    const BYTES: usize = 4;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, from: *const u8) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { simd.load(from.cast()) }
+    }
+}
+
+impl FloatFormat for HalfPrecision {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, from: *const u8) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { simd.load_f16(from.cast()) }
+    }
+}
+
+impl FloatFormat for BrainFloat {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, from: *const u8) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { simd.load_bf16(from.cast()) }
+    }
+}
+
+/// Rows of floats, four at a time.
+///
+/// # Safety
+/// `tile` holds 16 numbers for each column; `out` has room for 16 numbers for each row of `x`.
+#[inline(always)]
+unsafe fn float_group<S: Simd, W: FloatFormat>(
+    simd: S,
+    tile: &[u8],
+    x: &[f32],
+    columns: usize,
+    out: *mut f32,
+) {
+    assert!(tile.len() >= columns * LANES * W::BYTES);
+    let rows = x.len() / columns;
+    let mut row = 0;
+    while row < rows {
+        // SAFETY: the caller's promise; each call takes no more rows than are left.
+        unsafe {
+            let (x, out) = (x.as_ptr().add(row * columns), out.add(row * LANES));
+            if rows - row >= 4 && S::ROWS >= 4 {
+                float_rows::<S, W, 4>(simd, tile.as_ptr(), x, columns, out);
+                row += 4;
+            } else {
+                float_rows::<S, W, 1>(simd, tile.as_ptr(), x, columns, out);
+                row += 1;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`float_group`], for `M` rows.
+#[inline(always)]
+unsafe fn float_rows<S: Simd, W: FloatFormat, const M: usize>(
+    simd: S,
+    tile: *const u8,
+    x: *const f32,
+    columns: usize,
+    out: *mut f32,
+) {
+    let mut sums = [[simd.splat(0.0); M]; 2];
+    for column in 0..columns {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let weights = W::load(simd, tile.add(column * LANES * W::BYTES));
+            for row in 0..M {
+                let x = simd.splat(*x.add(row * columns + column));
+                let sum = &mut sums[column % 2][row];
+                *sum = simd.fma(weights, x, *sum);
+            }
+        }
+    }
+    for row in 0..M {
+        // SAFETY: the caller's promise.
+        unsafe { simd.store(out.add(row * LANES), simd.add(sums[0][row], sums[1][row])) }
+    }
+}
