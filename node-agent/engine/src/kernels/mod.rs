@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! weights.rs   GGUF blocks repacked into tiles of 16 rows (unpack.rs knows the formats)
+//! memory.rs    where they lie
 //! rows.rs      activations as 8-bit integers with scales
 //! product.rs   tiles x rows, ragged batches of any height   ┐
 //! tile.rs      one tile x some rows: the innermost loops    │
 //! attention.rs softmax(q k) v over the paged cache          ├─ written once over simd.rs
+//! block.rs     one block of the cache x some queries        │
 //! encode.rs    what an encoder needs beside products        │
 //! vector.rs    norms, gates, additions                      ┘
 //! simd.rs      the 16 lanes; x86.rs: AVX-512 VNNI, AVX-VNNI, AVX2; otherwise plain Rust
@@ -23,7 +25,9 @@
 #![allow(clippy::needless_range_loop)]
 
 pub(crate) mod attention;
+mod block;
 pub(crate) mod encode;
+mod memory;
 pub(crate) mod pool;
 mod product;
 mod rows;
@@ -37,6 +41,7 @@ mod weights;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub(crate) use memory::Memory;
 pub(crate) use pool::{Pool, available_threads};
 pub(crate) use product::{Combine, Gate, Rows, Target};
 pub(crate) use rows::QuantizedRows;

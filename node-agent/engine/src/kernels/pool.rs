@@ -4,6 +4,9 @@
 //! so an idle engine costs nothing. A job is never waited for by name: who comes takes part, and whoever
 //! is late (its core was taken away) finds the job closed. So a contended machine computes at the pace of
 //! the cores that it has, not at that of the slowest.
+//!
+//! Every thread begins with its own share of a job's numbers, all in one row, for what belongs to numbers
+//! that follow each other mostly lies together in memory; who is done helps with the others' shares.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -30,26 +33,43 @@ struct Job<'a> {
     work: &'a (dyn Fn(usize) + Sync),
     count: usize,
     grain: usize,
-    cursor: AtomicUsize,
+    /// How far each thread's share is done.
+    cursors: &'a [Cursor],
     panicked: AtomicBool,
 }
 
+/// On a line of its own: threads that count in different shares do not wait for each other.
+#[repr(align(128))]
+struct Cursor(AtomicUsize);
+
 impl Job<'_> {
-    fn work(&self) {
+    /// The numbers of a thread's share.
+    fn share(&self, thread: usize) -> Range<usize> {
+        let threads = self.cursors.len();
+        self.count * thread / threads..self.count * (thread + 1) / threads
+    }
+
+    fn work(&self, thread: usize) {
         let run = || {
-            loop {
-                let start = self.cursor.fetch_add(self.grain, Ordering::Relaxed);
-                if start >= self.count {
-                    return;
-                }
-                for index in start..(start + self.grain).min(self.count) {
-                    (self.work)(index);
+            let threads = self.cursors.len();
+            for share in (thread..threads).chain(0..thread) {
+                let (range, cursor) = (self.share(share), &self.cursors[share].0);
+                loop {
+                    let start = range.start + cursor.fetch_add(self.grain, Ordering::Relaxed);
+                    if start >= range.end {
+                        break;
+                    }
+                    for index in start..(start + self.grain).min(range.end) {
+                        (self.work)(index);
+                    }
                 }
             }
         };
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
             // The others stop soon; the caller passes the panic on.
-            self.cursor.store(self.count, Ordering::Relaxed);
+            for cursor in self.cursors {
+                cursor.0.store(self.count, Ordering::Relaxed);
+            }
             self.panicked.store(true, Ordering::Relaxed);
         }
     }
@@ -74,8 +94,8 @@ pub(crate) struct Pool {
 struct Inner {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    /// One job at a time.
-    turn: Mutex<()>,
+    /// One job at a time; these are its shares' places.
+    cursors: Mutex<Box<[Cursor]>>,
 }
 
 impl Pool {
@@ -91,19 +111,20 @@ impl Pool {
             sleeping: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
         });
+        let cursors = (0..threads.max(1)).map(|_| Cursor(AtomicUsize::new(0))).collect();
         let threads = (1..threads)
             .map(|index| {
                 let shared = Arc::clone(&shared);
                 std::thread::Builder::new()
                     .name(format!("compute-{index}"))
-                    .spawn(move || shared.serve())
+                    .spawn(move || shared.serve(index))
             })
             .collect::<std::io::Result<Vec<_>>>()?;
         Ok(Self {
             inner: Arc::new(Inner {
                 shared,
                 threads,
-                turn: Mutex::new(()),
+                cursors: Mutex::new(cursors),
             }),
         })
     }
@@ -113,8 +134,8 @@ impl Pool {
         self.inner.threads.len() + 1
     }
 
-    /// Calls `work` with every number below `count`, `grain` after each other on one thread. Returns when
-    /// all are done.
+    /// Calls `work` with every number below `count`, `grain` at a time on one thread. Returns when all are
+    /// done.
     ///
     /// # Panics
     /// When `work` panics.
@@ -123,16 +144,19 @@ impl Pool {
             (0..count).for_each(work);
             return;
         }
-        let _turn = self.inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let cursors = self.inner.cursors.lock().unwrap_or_else(PoisonError::into_inner);
+        for cursor in cursors.iter() {
+            cursor.0.store(0, Ordering::Relaxed);
+        }
         let job = Job {
             work,
             count,
             grain,
-            cursor: AtomicUsize::new(0),
+            cursors: &cursors,
             panicked: AtomicBool::new(false),
         };
         self.inner.publish(&job);
-        job.work();
+        job.work(0);
         self.inner.close();
         assert!(
             !job.panicked.load(Ordering::Relaxed),
@@ -246,7 +270,7 @@ impl Drop for Inner {
 
 impl Shared {
     /// A thread's life.
-    fn serve(&self) {
+    fn serve(&self, thread: usize) {
         let mut seen = self.state.load(Ordering::Acquire) & !(NEXT - 1);
         loop {
             let Some(number) = self.next_job(seen) else { return };
@@ -255,7 +279,7 @@ impl Shared {
                 let job = self.job.load(Ordering::Relaxed).cast::<Job<'static>>();
                 // SAFETY: `publish` wrote the pointer before it opened this job, `enter` has read that
                 // opening, and `close` waits for everybody who entered before the job's owner goes on.
-                unsafe { &*job }.work();
+                unsafe { &*job }.work(thread);
                 self.done.fetch_add(1, Ordering::Release);
             }
         }

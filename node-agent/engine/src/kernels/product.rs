@@ -117,9 +117,9 @@ impl Compute {
     }
 }
 
-/// Pieces that a thread takes at once: few enough to share out well, and long ways to read in memory.
+/// Pieces that a thread takes at once: few enough that all are done at nearly the same time.
 fn grain(units: usize, threads: usize) -> usize {
-    (units / (threads * 6)).clamp(1, 64)
+    (units / (threads * 24)).clamp(1, 64)
 }
 
 impl Rows<'_> {

@@ -68,6 +68,7 @@ impl QuantizedRows {
         &self.groups
     }
 
+    #[inline]
     pub(super) fn view(&self, group: Group) -> GroupView<'_> {
         let range = |width: usize| group.first_row * width..(group.first_row + group.rows) * width;
         GroupView {

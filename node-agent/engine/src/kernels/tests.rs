@@ -76,6 +76,11 @@ fn rounded(x: &[f32]) -> Vec<f32> {
         .collect()
 }
 
+fn pack(compute: &Compute, dtype: GgmlDType, bytes: &[u8], shape: [usize; 2]) -> Matrix {
+    let memory = Memory::default();
+    Matrix::pack(compute, &memory, dtype, bytes, shape, WeightPrecision::Native).unwrap()
+}
+
 fn product(compute: &Compute, matrix: &Matrix, x: &[f32], out: &mut [f32], combine: Combine) {
     let mut quantized = QuantizedRows::default();
     if matrix.is_quantized() {
@@ -106,7 +111,17 @@ fn rows_of_every_format_are_read_as_candle_reads_them() {
         let (rows, columns) = (21, 512);
         let (bytes, values) = weights(&mut rng, dtype, rows, columns);
         let compute = Compute::new(2).unwrap();
-        let pack = |precision| Matrix::pack(&compute, dtype, &bytes, [rows, columns], precision).unwrap();
+        let pack = |precision| {
+            Matrix::pack(
+                &compute,
+                &Memory::default(),
+                dtype,
+                &bytes,
+                [rows, columns],
+                precision,
+            )
+            .unwrap()
+        };
         let (native, float) = (pack(WeightPrecision::Native), pack(WeightPrecision::Float));
         for (row, values) in values.chunks_exact(columns).enumerate() {
             let expected: Vec<f64> = values.iter().copied().map(f64::from).collect();
@@ -126,7 +141,7 @@ fn tiles_are_hardly_larger_than_the_rows_of_the_file() {
     let compute = Compute::new(1).unwrap();
     for dtype in QUANTIZED.into_iter().chain(FLOATS) {
         let (bytes, _) = weights(&mut rng, dtype, 32, 1024);
-        let matrix = Matrix::pack(&compute, dtype, &bytes, [32, 1024], WeightPrecision::Native).unwrap();
+        let matrix = pack(&compute, dtype, &bytes, [32, 1024]);
         let ratio = (0..matrix.tiles())
             .map(|tile| matrix.tile(tile).len())
             .sum::<usize>() as f64
@@ -144,8 +159,7 @@ fn products_equal_plain_arithmetic_in_every_format_and_shape() {
         for (rows, columns) in [(1, 256), (16, 256), (37, 768), (64, 1024)] {
             let (bytes, _) = weights(&mut rng, dtype, rows, columns);
             for compute in contexts() {
-                let matrix =
-                    Matrix::pack(&compute, dtype, &bytes, [rows, columns], WeightPrecision::Native).unwrap();
+                let matrix = pack(&compute, dtype, &bytes, [rows, columns]);
                 let mut values = vec![0.0; rows * columns];
                 for (row, out) in values.chunks_exact_mut(columns).enumerate() {
                     matrix.row(row, out);
@@ -181,7 +195,7 @@ fn narrow_matrices_work_in_the_formats_that_allow_them() {
     for dtype in &QUANTIZED[..5] {
         let (bytes, values) = weights(&mut rng, *dtype, 48, 32);
         for compute in contexts() {
-            let matrix = Matrix::pack(&compute, *dtype, &bytes, [48, 32], WeightPrecision::Native).unwrap();
+            let matrix = pack(&compute, *dtype, &bytes, [48, 32]);
             let x = numbers(&mut rng, 5 * 32);
             let mut out = vec![0.0; 5 * 48];
             product(&compute, &matrix, &x, &mut out, Combine::Store);
@@ -202,8 +216,7 @@ fn extreme_numbers_do_not_overflow() {
         let tensor = QTensor::quantize(&tensor, dtype).unwrap();
         let bytes = tensor.data().unwrap().into_owned();
         for compute in contexts() {
-            let matrix =
-                Matrix::pack(&compute, dtype, &bytes, [1, columns], WeightPrecision::Native).unwrap();
+            let matrix = pack(&compute, dtype, &bytes, [1, columns]);
             let mut values = vec![0.0; columns];
             matrix.row(0, &mut values);
             for sign in [1.0, -1.0] {
@@ -228,8 +241,7 @@ fn a_row_in_a_batch_equals_the_row_alone_to_the_bit() {
         let (rows, columns) = (40, 512);
         let (bytes, _) = weights(&mut rng, dtype, rows, columns);
         for compute in contexts() {
-            let matrix =
-                Matrix::pack(&compute, dtype, &bytes, [rows, columns], WeightPrecision::Native).unwrap();
+            let matrix = pack(&compute, dtype, &bytes, [rows, columns]);
             let x = numbers(&mut rng, 15 * columns);
             let mut together = vec![0.0; 15 * rows];
             product(&compute, &matrix, &x, &mut together, Combine::Store);
@@ -249,12 +261,8 @@ fn gated_products_equal_plain_arithmetic() {
     let (gate, gate_values) = weights(&mut rng, GgmlDType::Q4_1, rows, columns);
     let (up, up_values) = weights(&mut rng, GgmlDType::Q8_0, rows, columns);
     for compute in contexts() {
-        let pack =
-            |dtype, bytes| Matrix::pack(&compute, dtype, bytes, [rows, columns], WeightPrecision::Native);
-        let (gate, up) = (
-            pack(GgmlDType::Q4_1, &gate).unwrap(),
-            pack(GgmlDType::Q8_0, &up).unwrap(),
-        );
+        let pack = |dtype, bytes| pack(&compute, dtype, bytes, [rows, columns]);
+        let (gate, up) = (pack(GgmlDType::Q4_1, &gate), pack(GgmlDType::Q8_0, &up));
         let x = numbers(&mut rng, 9 * columns);
         let mut quantized = QuantizedRows::default();
         quantized.set(&compute, &x, columns);
@@ -290,14 +298,7 @@ fn what_is_not_a_number_stays_so() {
     let mut rng = StdRng::seed_from_u64(6);
     let (bytes, _) = weights(&mut rng, GgmlDType::Q4_0, 16, 64);
     for compute in contexts() {
-        let matrix = Matrix::pack(
-            &compute,
-            GgmlDType::Q4_0,
-            &bytes,
-            [16, 64],
-            WeightPrecision::Native,
-        )
-        .unwrap();
+        let matrix = pack(&compute, GgmlDType::Q4_0, &bytes, [16, 64]);
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for place in [0, 17, 63] {
                 let mut x = numbers(&mut rng, 3 * 64);

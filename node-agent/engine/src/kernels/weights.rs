@@ -8,9 +8,9 @@
 
 use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
-use memmap2::MmapMut;
 
 use super::Compute;
+use super::memory::{Memory, Piece};
 use super::pool::SharedMut;
 use super::rows::BLOCK;
 use super::simd::LANES;
@@ -154,7 +154,7 @@ pub(crate) struct Matrix {
     columns: usize,
     format: Format,
     tile_bytes: usize,
-    data: MmapMut,
+    data: Piece,
 }
 
 impl std::fmt::Debug for Matrix {
@@ -213,7 +213,7 @@ fn offset_of(dtype: GgmlDType) -> f32 {
 }
 
 impl Matrix {
-    /// Repacks a tensor of a file.
+    /// Repacks a tensor of a file, into the next piece of `memory`.
     ///
     /// # Errors
     /// When there is no memory for it.
@@ -222,6 +222,7 @@ impl Matrix {
     /// When `bytes` is not as long as the shape asks for; the reader of the file has checked that.
     pub(crate) fn pack(
         compute: &Compute,
+        memory: &Memory,
         dtype: GgmlDType,
         bytes: &[u8],
         shape: [usize; 2],
@@ -234,10 +235,7 @@ impl Matrix {
         let format = Format::of(dtype, precision);
         let tile_bytes = format.tile_bytes(columns);
         let tiles = rows.div_ceil(LANES);
-        let mut data = MmapMut::map_anon((tiles * tile_bytes).max(1))?;
-        // Fewer, larger pages: decoding reads all of them for every token. A kernel without them says no.
-        #[cfg(target_os = "linux")]
-        let _ = data.advise(memmap2::Advice::HugePage);
+        let mut data = memory.take(tiles * tile_bytes)?;
         let to = SharedMut::new(&mut data);
         compute.pool.run(tiles, 1, &|tile| {
             // SAFETY: tiles are disjoint, each number is handed out once, and the mapping has room for all.

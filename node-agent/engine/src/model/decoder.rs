@@ -9,7 +9,7 @@ use crate::LoadModel;
 use crate::gguf::GgufFile;
 use crate::kernels::attention::{Attention, Run};
 use crate::kernels::vector::{HeadShape, for_each_row};
-use crate::kernels::{Combine, Compute, Gate, Matrix, QuantizedRows, Rows, Target, WeightPrecision};
+use crate::kernels::{Combine, Compute, Gate, Matrix, Memory, QuantizedRows, Rows, Target, WeightPrecision};
 use crate::kv::{BlockTable, KvCache, KvShape, LayerCache, Side};
 
 /// One row of a batch. Rows of one sequence follow each other, positions rising by one.
@@ -95,9 +95,12 @@ impl Decoder {
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadModel> {
         config.check_tensors(file)?;
+        // Tiles are about as large as the file's tensors; what does not fit finds a place of its own.
+        let all = file.file_bytes() as usize;
         let source = Source {
             file,
             compute: &compute,
+            memory: Memory::for_bytes(all + all / 4).map_err(LoadModel::Allocate)?,
             precision,
         };
         let (hidden, shape) = (config.hidden_size, [config.vocab_size, config.hidden_size]);

@@ -14,7 +14,7 @@ use safetensors::{Dtype, SafeTensors};
 use super::bert::{EncoderConfig, WEIGHTS};
 use crate::kernels::encode::Attended;
 use crate::kernels::vector::{HeadShape, for_each_row};
-use crate::kernels::{Combine, Compute, Matrix, QuantizedRows, Rows, Target, WeightPrecision};
+use crate::kernels::{Combine, Compute, Matrix, Memory, QuantizedRows, Rows, Target, WeightPrecision};
 use crate::{InvalidModel, LoadModel};
 
 /// Rows of a batch at most, unless one text has more: enough to keep every thread busy with whole tiles,
@@ -70,6 +70,7 @@ struct Scratch {
 struct Weights<'a> {
     tensors: SafeTensors<'a>,
     compute: &'a Compute,
+    memory: Memory,
 }
 
 impl Weights<'_> {
@@ -113,6 +114,7 @@ impl Weights<'_> {
         // are not rounded to 8 bits on the way.
         let weight = Matrix::pack(
             self.compute,
+            &self.memory,
             format,
             tensor.data(),
             shape,
@@ -189,6 +191,7 @@ impl Encoder {
         let weights = Weights {
             tensors,
             compute: &compute,
+            memory: Memory::for_bytes(map.len() + map.len() / 4).map_err(LoadModel::Allocate)?,
         };
         let (hidden, epsilon) = (config.hidden_size, config.layer_norm_eps);
         let words = weights.vector("embeddings.word_embeddings.weight", &[config.vocab_size, hidden])?;

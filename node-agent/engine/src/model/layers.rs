@@ -6,13 +6,14 @@ use candle_core::Device;
 use candle_core::quantized::GgmlDType;
 
 use crate::gguf::GgufFile;
-use crate::kernels::{Compute, Matrix, WeightPrecision};
+use crate::kernels::{Compute, Matrix, Memory, WeightPrecision};
 use crate::{InvalidModel, LoadModel};
 
 /// Where weights come from and how they are to be held.
 pub(super) struct Source<'a> {
     pub(super) file: &'a GgufFile,
     pub(super) compute: &'a Compute,
+    pub(super) memory: Memory,
     pub(super) precision: WeightPrecision,
 }
 
@@ -42,7 +43,15 @@ impl Source<'_> {
         let row_bytes = bytes.len() / shape[0];
         let bytes = &bytes[rows.start * row_bytes..rows.end * row_bytes];
         let shape = [rows.len(), shape[1]];
-        Matrix::pack(self.compute, info.dtype, bytes, shape, self.precision).map_err(LoadModel::Allocate)
+        Matrix::pack(
+            self.compute,
+            &self.memory,
+            info.dtype,
+            bytes,
+            shape,
+            self.precision,
+        )
+        .map_err(LoadModel::Allocate)
     }
 
     /// A norm of the file, of this size.
