@@ -93,3 +93,7 @@ e2e:
 # The same in two minutes
 e2e-short:
     tests/e2e short
+
+# The kernels of 64-bit ARM on emulated processors
+test-arm:
+    tests/arm

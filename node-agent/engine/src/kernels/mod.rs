@@ -10,8 +10,8 @@
 //! block.rs     one block of the cache x some queries        │
 //! encode.rs    what an encoder needs beside products        │
 //! vector.rs    norms, gates, additions                      ┘
-//! simd.rs      the 16 lanes; x86.rs: AVX-512 VNNI, AVX-VNNI, AVX2; otherwise plain Rust
-//! pool.rs      the threads
+//! simd.rs      the 16 lanes, in plain Rust; x86.rs: AVX-512 VNNI, AVX-VNNI, AVX2; arm.rs: NEON
+//! pool.rs      the threads; cores.rs: how many
 //! ```
 //! Three things make the unsafe code sound, and each is checked where a buffer comes in: lengths are
 //! asserted before pointers are made; threads write to disjoint places ([`pool::SharedMut`]); and a
@@ -24,8 +24,11 @@
 // walked by one index.
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(target_arch = "aarch64")]
+mod arm;
 pub(crate) mod attention;
 mod block;
+mod cores;
 pub(crate) mod encode;
 mod memory;
 pub(crate) mod pool;
@@ -41,8 +44,9 @@ mod weights;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub(crate) use cores::available_threads;
 pub(crate) use memory::Memory;
-pub(crate) use pool::{Pool, available_threads};
+pub(crate) use pool::Pool;
 pub(crate) use product::{Combine, Gate, Rows, Target};
 pub(crate) use rows::QuantizedRows;
 pub(crate) use weights::{Matrix, WeightPrecision};
@@ -61,7 +65,16 @@ pub(crate) enum Level {
     /// AVX2, FMA and F16C: nearly everything since 2013.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// Whatever the compiler makes of plain Rust; on 64-bit ARM that is NEON.
+    /// NEON with dot products of unsigned and signed bytes (i8mm): ARM since 2020, Apple since M2.
+    #[cfg(target_arch = "aarch64")]
+    NeonMixedDot,
+    /// NEON with dot products (dotprod): ARM since 2018, Apple since M1, Raspberry Pi 5.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
+    /// NEON: every 64-bit ARM.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// Whatever the compiler makes of plain Rust.
     Portable,
 }
 
@@ -74,6 +87,12 @@ impl Level {
         Self::AvxVnni,
         #[cfg(target_arch = "x86_64")]
         Self::Avx2,
+        #[cfg(target_arch = "aarch64")]
+        Self::NeonMixedDot,
+        #[cfg(target_arch = "aarch64")]
+        Self::NeonDot,
+        #[cfg(target_arch = "aarch64")]
+        Self::Neon,
         Self::Portable,
     ];
 
@@ -96,6 +115,12 @@ impl Level {
                     && std::is_x86_feature_detected!("fma")
                     && std::is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonMixedDot => std::arch::is_aarch64_feature_detected!("i8mm") && Self::NeonDot.is_here(),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => true,
             Self::Portable => true,
         }
     }
@@ -137,6 +162,12 @@ impl Dispatch {
             Level::AvxVnni => "AVX-VNNI",
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => "AVX2",
+            #[cfg(target_arch = "aarch64")]
+            Level::NeonMixedDot => "NEON i8mm",
+            #[cfg(target_arch = "aarch64")]
+            Level::NeonDot => "NEON dotprod",
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => "NEON",
             Level::Portable => "portable",
         }
     }
@@ -153,6 +184,13 @@ impl Dispatch {
                 Level::AvxVnni => avx_vnni(operation),
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx2 => avx2(operation),
+                // The instructions are written out, so nothing has to be compiled for them alone.
+                #[cfg(target_arch = "aarch64")]
+                Level::NeonMixedDot => operation.run(arm::Neon::<{ arm::MIXED_DOT }>::new()),
+                #[cfg(target_arch = "aarch64")]
+                Level::NeonDot => operation.run(arm::Neon::<{ arm::DOT }>::new()),
+                #[cfg(target_arch = "aarch64")]
+                Level::Neon => operation.run(arm::Neon::<{ arm::PLAIN }>::new()),
                 Level::Portable => operation.run(Portable),
             }
         }

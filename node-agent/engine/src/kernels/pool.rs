@@ -8,7 +8,6 @@
 //! Every thread begins with its own share of a job's numbers, all in one row, for what belongs to numbers
 //! that follow each other mostly lies together in memory; who is done helps with the others' shares.
 
-use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -337,12 +336,6 @@ impl Shared {
             }
         }
     }
-}
-
-/// Threads that this process may keep busy: the processor's, less what a cgroup's quota or an affinity
-/// leaves out.
-pub(crate) fn available_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
 #[cfg(test)]
