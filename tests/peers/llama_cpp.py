@@ -11,15 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fetch import sha256  # noqa: E402
+import fetch  # noqa: E402
 
-VERSION = "0.3.36"
-SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity", "llama-completion",
          "llama-server")
 OPTIONS = {
@@ -37,7 +33,7 @@ OPTIONS = {
     "LLAMA_USE_PREBUILT_UI": "OFF",
 }
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "freehold"
-FOLDER = CACHE / "peers" / "llama.cpp" / VERSION
+FOLDER = CACHE / "peers" / "llama.cpp" / fetch.LLAMA_CPP
 
 
 def tool(name):
@@ -55,23 +51,8 @@ def need(program, package):
 def fetch_source():
     """The source tree, taken out of the sdist after its digest was found right."""
     source = FOLDER / "source"
-    if source.is_dir():
-        return source
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"fetching llama-cpp-python {VERSION}", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                        "--no-binary=llama-cpp-python", "--dest", folder, f"llama-cpp-python=={VERSION}"], check=True)
-        sdist = next(Path(folder).glob("llama_cpp_python-*.tar.gz"))
-        found = sha256(sdist)
-        if found != SDIST_SHA256:
-            sys.exit(f"{sdist.name}: sha256 is {found} and must be {SDIST_SHA256}; nothing was kept")
-        with tarfile.open(sdist) as archive:
-            archive.extractall(folder, filter="data")
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        staged = FOLDER / "source.new"
-        shutil.rmtree(staged, ignore_errors=True)
-        shutil.move(Path(folder) / f"llama_cpp_python-{VERSION}" / "vendor" / "llama.cpp", staged)
-        staged.rename(source)
+    if not source.is_dir():
+        fetch.llama_cpp(source, lambda path: True)
     return source
 
 
@@ -111,7 +92,7 @@ def version():
                      if line.startswith(f"set({prefix}_VERSION_") and "BASE" not in line and "$" not in line)
         return ".".join(lines[f"{prefix}_VERSION_{part}"] for part in ("MAJOR", "MINOR", "PATCH"))
 
-    return f"llama.cpp {number(llama, 'LLAMA')}, ggml {number(ggml, 'GGML')} (llama-cpp-python {VERSION})"
+    return f"llama.cpp {number(llama, 'LLAMA')}, ggml {number(ggml, 'GGML')} (llama-cpp-python {fetch.LLAMA_CPP})"
 
 
 if __name__ == "__main__":

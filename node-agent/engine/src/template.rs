@@ -80,7 +80,13 @@ impl ChatTemplate {
                 Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
             },
         );
+        environment.add_function("strftime_now", strftime_now);
+        // In Python nothing can be gone through, which templates rely on where no tools are offered.
+        environment.add_test("iterable", |value: &Value| {
+            !value.is_none() && value.try_iter().is_ok()
+        });
         environment.add_filter("tojson", to_json);
+        let source = without_generation_marks(&source);
         environment
             .add_template_owned(NAME, source)
             .map_err(|error| describe(&error))?;
@@ -116,6 +122,37 @@ impl ChatTemplate {
             .map_err(|error| describe(&error))?;
         String::from_utf8(output.0).map_err(|error| error.to_string())
     }
+}
+
+/// Today, in the words of Python's `strftime`: some models are told the date.
+fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
+    jiff::fmt::strtime::format(format, &jiff::Zoned::now())
+        .map_err(|error| minijinja::Error::new(ErrorKind::InvalidOperation, error.to_string()))
+}
+
+/// The source with `{% generation %}` and its end turned into comments: transformers marks by them which
+/// tokens of a training text are the assistant's, and they print nothing.
+fn without_generation_marks(source: &str) -> String {
+    let mut clean = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start);
+        clean.push_str(before);
+        let Some(end) = tag.find("%}") else {
+            rest = tag;
+            break;
+        };
+        let inside = &tag[2..end];
+        let name = inside.trim_matches(['-', '+']).trim();
+        if matches!(name, "generation" | "endgeneration") {
+            clean.extend(["{#", inside, "#}"]);
+        } else {
+            clean.push_str(&tag[..end + 2]);
+        }
+        rest = &tag[end + 2..];
+    }
+    clean.push_str(rest);
+    clean
 }
 
 /// Deepest nesting that the source can have: brackets, blocks left open, chains of operators. The parser
@@ -237,6 +274,12 @@ mod tests {
     fn templates_speak_the_python_dialect() {
         let source = "{{ bos_token }}{% for m in messages %}{{ m['role'].upper() }}:{{ m.content.strip() }}\n{% endfor %}{% if add_generation_prompt %}A:{% endif %}";
         assert_eq!(render(source).unwrap(), "<s>USER:hi\nA:");
+    }
+
+    #[test]
+    fn marks_of_training_texts_print_nothing() {
+        let source = "{% for m in messages %}\n{%- generation -%} {{ m.content }} {%- endgeneration %}\n{% generation %}!{% endgeneration %}\n{% endfor %}{{ '{% generation' }}";
+        assert_eq!(render(source).unwrap(), " hi !{% generation");
     }
 
     #[test]

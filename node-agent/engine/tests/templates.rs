@@ -14,6 +14,8 @@ use serde_json::{Value as Json, json};
 #[derive(serde::Deserialize)]
 struct Chats {
     templates: BTreeMap<String, Option<String>>,
+    /// Names of templates that models were published with.
+    published: Vec<String>,
     conversations: BTreeMap<String, Json>,
 }
 
@@ -34,17 +36,37 @@ fn own_template() -> String {
     }
 }
 
+/// The date of today where the recording has a date's format.
+fn dated(recorded: &str) -> String {
+    let mut parts = recorded.split('\u{1}');
+    let mut text = parts.next().unwrap().to_owned();
+    for part in parts {
+        let (format, rest) = part.split_once('\u{2}').unwrap();
+        text += &jiff::Zoned::now().strftime(format).to_string();
+        text += rest;
+    }
+    text
+}
+
+/// The models' own templates, and some that hold what others do not.
 #[test]
 fn renderings_equal_those_of_transformers() {
     let chats: Chats = serde_json::from_str(include_str!("fixtures/chats.json")).unwrap();
-    let mut formatting = 0;
-    for (name, source) in &chats.templates {
-        let template = template(&source.clone().unwrap_or_else(own_template)).unwrap();
+    let published = chats.published.iter().map(|name| {
+        let path = model("templates").join(format!("{name}.jinja"));
+        (name.clone(), std::fs::read_to_string(path).unwrap())
+    });
+    let made = chats.templates.iter();
+    let made = made.map(|(name, source)| (name.clone(), source.clone().unwrap_or_else(own_template)));
+    let (mut formatting, mut equal) = (0, 0);
+    for (name, source) in made.chain(published) {
+        let template = template(&source).unwrap_or_else(|error| panic!("{name}: {error}"));
         for (chat, conversation) in &chats.conversations {
             let prompt = conversation
                 .get("add_generation_prompt")
                 .is_none_or(|flag| flag == true);
-            let rendered = template.render(&conversation["messages"], conversation.get("tools"), prompt);
+            let render = || template.render(&conversation["messages"], conversation.get("tools"), prompt);
+            let rendered = render();
             if let Err(error) = &rendered
                 && error.contains("tried to use % operator")
             {
@@ -52,18 +74,30 @@ fn renderings_equal_those_of_transformers() {
                 formatting += 1;
                 continue;
             }
-            match &recorded()[name][chat] {
-                Json::String(expected) => assert_eq!(&rendered.unwrap(), expected, "{name}, {chat}"),
+            match &recorded()[&name][chat] {
+                Json::String(expected) => {
+                    let rendered = rendered.unwrap_or_else(|error| panic!("{name}, {chat}: {error}"));
+                    // At midnight the day ends between the two.
+                    if rendered != dated(expected) {
+                        assert_eq!(render().unwrap(), dated(expected), "{name}, {chat}");
+                    }
+                    equal += 1;
+                }
                 refused => {
-                    let error = rendered.expect_err(chat);
-                    // Python's own type errors have other words; what the template says is passed on.
+                    // What the template says is passed on. Where Python itself stumbles over a type, it does not matter
+                    // whether we do.
                     let why = refused["refused"].as_str().unwrap();
-                    assert!(why.contains("concatenate") || error.contains(why), "{error}");
+                    let pythons = ["concatenate", "has no attribute", "not iterable"];
+                    if !pythons.into_iter().any(|words| why.contains(words)) {
+                        let error = rendered.expect_err(chat);
+                        assert!(error.contains(why), "{name}, {chat}: {error}, not {why}");
+                    }
                 }
             }
         }
     }
-    assert!(formatting <= 7, "{formatting} renderings need formatting by %");
+    assert!(formatting <= 9, "{formatting} renderings need formatting by %");
+    assert!(equal > 125, "{equal} renderings were compared");
 }
 
 /// Renders, under the clock.
