@@ -6,10 +6,11 @@
 //!                                        └── cancelled, finished: blocks come back
 //! ```
 //! Continuous batching: every step holds a row of each answer under way, the rows of what is guessed to come
-//! after it ([`lookup`], [`draft`]), and as many prompt rows as leave the answers half their pace ([`pace`]). Admission is
-//! first come, first served, by free blocks of the cache; a request that begins like one that is being read
-//! waits for that and shares its blocks. Where blocks run out, the answer that came last gives its own up,
-//! waits, and goes on where it was: nothing that was begun fails for want of memory.
+//! after it ([`lookup`], [`draft`]), and now and then a chunk of a prompt, so seldom that the answers keep
+//! half their pace ([`pace`]). Admission is first come, first served, by free blocks of the cache; a request
+//! that begins like one that is being read waits for that and shares its blocks. Where blocks run out, the
+//! answer that came last gives its own up, waits, and goes on where it was: nothing that was begun fails for
+//! want of memory.
 
 mod draft;
 mod lookup;
@@ -251,8 +252,9 @@ impl Scheduler {
             .filter(|one| !one.writes())
             .map(Sequence::remaining)
             .collect();
-        let mut prompt_shares = shares(&prompts, self.pace.prompt_rows(writing)).into_iter();
-        let reads = !prompts.is_empty();
+        let budget = self.pace.prompt_rows(writing, prompts.iter().sum());
+        let reads = !prompts.is_empty() && budget > 0;
+        let mut prompt_shares = shares(&prompts, budget).into_iter();
         let shares = self
             .running
             .iter_mut()

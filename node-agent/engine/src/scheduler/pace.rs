@@ -1,8 +1,9 @@
-//! How much of a step prompts may take: pure arithmetic over what steps have cost so far.
+//! How much prompts may read beside answers: pure arithmetic over what steps have cost so far.
 //!
-//! Answers under way must keep at least half their pace while a prompt is read. So the prompt rows of a step
-//! may cost as much time as the step costs without them, and no more. What they cost is measured, because
-//! it depends on the model, the machine and what else runs on it.
+//! Answers under way must keep at least half their pace while a prompt is read. So every step of theirs earns
+//! the prompts a share of the time it took, and prompts spend it in chunks: many rows at once cost far less
+//! each than a few in every step. What rows cost is measured, because it depends on the model, the machine
+//! and what else runs on it.
 
 use std::time::Duration;
 
@@ -10,22 +11,28 @@ use std::time::Duration;
 const NEWEST: f64 = 0.3;
 /// Prompt rows before anything has been measured.
 const FIRST_ROWS: usize = 32;
-/// Fewest prompt rows of a step: less would hardly be faster than one.
+/// Fewest rows of a chunk: less would hardly be faster than one.
 const LEAST_ROWS: usize = 8;
+/// Most rows of a chunk beside answers: more hardly cost less each.
+const CHUNK_ROWS: usize = 64;
 /// Most prompt rows of a step; what a kernel computes at once is well below.
 const MOST_ROWS: usize = 512;
 /// Longest step without an answer under way: a new request, or one that was cancelled, waits so long.
 const ALONE_SECONDS: f64 = 0.25;
-/// Part of a step's own time that prompts may add to it. Below 1: measurements lag behind.
-const SHARE: f64 = 0.9;
+/// What a chunk may add to a step of answers, unless the fewest rows take longer: readers see a pause.
+const PAUSE_SECONDS: f64 = 0.04;
+/// What a step of answers earns for the prompts, of its own time. Below 1: measurements lag behind.
+const SHARE: f64 = 0.8;
 
-/// What steps cost.
+/// What steps cost, and what prompts have earned.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     /// Seconds of a step that holds answers only, and how many rows it had.
     decode: Option<(f64, usize)>,
     /// Seconds of one prompt row.
     row_seconds: Option<f64>,
+    /// Seconds that prompts may take; below zero after a chunk that cost more than was thought.
+    earned: f64,
 }
 
 fn mix(before: Option<f64>, now: f64) -> f64 {
@@ -39,6 +46,7 @@ impl Pace {
         if prompt_rows == 0 {
             let before = self.decode.map(|(seconds, _)| seconds);
             self.decode = Some((mix(before, seconds), decode_rows));
+            self.earn(SHARE * seconds);
             return;
         }
         // The answers' part is what it cost without prompts, as far as that is known.
@@ -48,10 +56,22 @@ impl Pace {
         };
         let row = (seconds - own) / prompt_rows as f64;
         self.row_seconds = Some(mix(self.row_seconds, row));
+        if decode_rows > 0 {
+            self.earn(SHARE * own - (seconds - own));
+        }
     }
 
-    /// Prompt rows that the next step may hold beside `decode_rows` rows of answers.
-    pub(super) fn prompt_rows(&self, decode_rows: usize) -> usize {
+    /// One chunk can be saved up for, and no more: then answers would stand still for long.
+    fn earn(&mut self, seconds: f64) {
+        let most = self
+            .row_seconds
+            .map_or(PAUSE_SECONDS, |row| PAUSE_SECONDS.max(row * LEAST_ROWS as f64));
+        self.earned = (self.earned + seconds).min(most);
+    }
+
+    /// Prompt rows that the next step may hold beside `decode_rows` rows of answers, where `remaining` wait
+    /// to be read.
+    pub(super) fn prompt_rows(&self, decode_rows: usize, remaining: usize) -> usize {
         let Some(row_seconds) = self.row_seconds else {
             return if decode_rows == 0 {
                 MOST_ROWS / 4
@@ -59,17 +79,17 @@ impl Pace {
                 FIRST_ROWS
             };
         };
-        let seconds = match self.decode {
-            _ if decode_rows == 0 => ALONE_SECONDS,
-            // More answers than were measured cost more; how much is not known, and so not counted.
-            Some((seconds, rows)) => {
-                SHARE * seconds * (decode_rows.min(rows) as f64 / rows.max(1) as f64).sqrt()
-            }
-            None => return FIRST_ROWS,
-        };
         // Not a number, and below zero, become 0.
-        let rows = (seconds / row_seconds.max(1e-9)) as usize;
-        rows.clamp(LEAST_ROWS, MOST_ROWS)
+        let rows = |seconds: f64| (seconds / row_seconds.max(1e-9)) as usize;
+        if decode_rows == 0 {
+            return rows(ALONE_SECONDS).clamp(LEAST_ROWS, MOST_ROWS);
+        }
+        let chunk = rows(PAUSE_SECONDS).clamp(LEAST_ROWS, CHUNK_ROWS).min(remaining);
+        if chunk as f64 * row_seconds <= self.earned + 1e-9 {
+            chunk
+        } else {
+            0
+        }
     }
 }
 
@@ -103,30 +123,63 @@ mod tests {
         Duration::from_millis(n)
     }
 
-    #[test]
-    fn prompts_take_no_more_time_than_the_answers() {
+    /// Steps of four answers, 5 ms each, beside a prompt without end whose rows cost `row` ms: the chunks,
+    /// and the share of the time that the answers had.
+    fn beside_a_prompt(row: f64) -> (Vec<usize>, f64) {
         let mut pace = Pace::default();
-        pace.took(0, 128, milliseconds(128));
-        pace.took(4, 0, milliseconds(20));
-        assert_eq!(pace.prompt_rows(4), 18);
-        // A slower machine: rows cost more, and fewer are read.
-        for _ in 0..50 {
-            pace.took(4, 18, milliseconds(20 + 36));
+        pace.took(0, 100, Duration::from_secs_f64(row / 10.0));
+        let (mut chunks, mut all) = (Vec::new(), 0.0);
+        for _ in 0..400 {
+            let rows = pace.prompt_rows(4, 10_000);
+            let took = 0.005 + rows as f64 * row / 1000.0;
+            pace.took(4, rows, Duration::from_secs_f64(took));
+            all += took;
+            if rows > 0 {
+                chunks.push(rows);
+            }
         }
-        assert_eq!(pace.prompt_rows(4), 9);
-        // Nobody else waits.
-        assert_eq!(pace.prompt_rows(0), 125);
+        (chunks, 400.0 * 0.005 / all)
+    }
+
+    #[test]
+    fn answers_keep_half_their_pace_and_prompts_come_in_chunks() {
+        for (row, chunk) in [(0.05, 64), (0.5, 64), (2.0, 20), (20.0, 8)] {
+            let (chunks, share) = beside_a_prompt(row);
+            assert!((0.5..0.7).contains(&share), "{row} ms a row: {share}");
+            assert!(
+                chunks.iter().all(|&rows| rows == chunk),
+                "{row} ms a row: {chunks:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_nobody_waits_beside_is_read_at_once() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.prompt_rows(0, 1000), 128);
+        pace.took(0, 128, milliseconds(128));
+        assert_eq!(pace.prompt_rows(0, 1000), 250);
+        // A short question beside answers that have earned its time.
+        for _ in 0..10 {
+            pace.took(4, 0, milliseconds(5));
+        }
+        assert_eq!(pace.prompt_rows(4, 12), 12);
     }
 
     #[test]
     fn rows_stay_within_bounds_before_and_after_odd_measurements() {
         let mut pace = Pace::default();
-        assert_eq!(pace.prompt_rows(3), FIRST_ROWS);
+        assert_eq!(pace.prompt_rows(3, 1000), FIRST_ROWS);
         pace.took(3, 4, Duration::ZERO);
         pace.took(3, 0, Duration::ZERO);
-        assert_eq!(pace.prompt_rows(3), LEAST_ROWS);
+        assert_eq!(pace.prompt_rows(3, 1000), CHUNK_ROWS);
         pace.took(0, 1, Duration::from_secs(60));
-        assert_eq!(pace.prompt_rows(0), LEAST_ROWS);
+        assert_eq!(pace.prompt_rows(0, 1000), LEAST_ROWS);
+        // The slowest machine reads a prompt in the end.
+        for _ in 0..20_000 {
+            pace.took(3, 0, milliseconds(50));
+        }
+        assert_eq!(pace.prompt_rows(3, 1000), LEAST_ROWS);
     }
 
     #[test]
