@@ -4,6 +4,8 @@
     manifests/images/build.py                          both images for this machine's processor
     manifests/images/build.py --platforms amd64,arm64  for both kinds of processor, in one archive each
     manifests/images/build.py --binaries FOLDER        packs programs that were built before
+    manifests/images/build.py --binaries target/debug --libraries
+                                                       the same for dynamic programs, for tests
 
 Programs are static (musl), linked by cargo-zigbuild and zig, which come from PyPI into the cache. Beside each archive
 lies a bill of materials for each processor, which the image holds too. Import an archive with `k3s ctr images import`,
@@ -104,7 +106,15 @@ def is_static(program, architecture):
     return program[:4] == b"\x7fELF" and machine == architecture and 3 not in kinds
 
 
-def image(name, architecture, program, bill, about):
+def with_libraries(path, folder):
+    """A dynamic program without its symbols, and the libraries of this machine that it asks for, by their places."""
+    stripped = folder / path.name
+    run("strip", "-o", stripped, path)
+    wanted = [word for line in said("ldd", path).splitlines() for word in line.split() if word.startswith("/")]
+    return stripped, {each.lstrip("/"): oci.File(Path(each).read_bytes(), 0o755) for each in wanted}
+
+
+def image(name, architecture, program, libraries, bill, about):
     """An image with one program and what it needs to run as nobody."""
     facts = IMAGES[name]
     files = {
@@ -114,6 +124,7 @@ def image(name, architecture, program, bill, about):
         "usr/share/doc/freehold/LICENSE": oci.File((ROOT / "LICENSE").read_bytes()),
         "usr/share/doc/freehold/sbom.cdx.json": oci.File(bill),
         "tmp": oci.File(mode=0o1777),
+        **libraries,
     }
     if facts["certificates"]:
         files["etc/ssl/certs/ca-certificates.crt"] = oci.File(about["certificates"])
@@ -159,19 +170,23 @@ def main(arguments):
     else:
         programs = compile_all(images, platforms, cache)
     version = arguments.version or facts["version"]
+    scratch = tempfile.TemporaryDirectory()
     for name in images:
         made = []
         for architecture in platforms:
             path = programs[name, architecture]
             if not path.is_file():
                 sys.exit(f"{path} is missing: build it, or leave --binaries out")
+            libraries = {}
+            if arguments.libraries:
+                path, libraries = with_libraries(path, Path(scratch.name))
             program = path.read_bytes()
-            if not is_static(program, architecture):
+            if not libraries and not is_static(program, architecture):
                 sys.exit(f"{path} is no static program for {architecture}: the image has no dynamic loader. "
                          f"Build it with --target {TARGETS[architecture]}, or leave --binaries out")
             bill = json.dumps(sbom.bill(ROOT, f"freehold-{name}", TARGETS[architecture]), indent=1).encode()
             (out / f"freehold-{name}-{version}.{architecture}.cdx.json").write_bytes(bill)
-            made.append(image(name, architecture, program, bill, facts))
+            made.append(image(name, architecture, program, libraries, bill, facts))
             print(f"freehold-{name} {architecture}: program {megabytes(len(program))}")
         reference, file = f"localhost/freehold-{name}:{version}", out / f"freehold-{name}-{version}.tar"
         data = oci.archive(reference, made)
@@ -187,11 +202,16 @@ def parse(words):
     parser.add_argument("--out", type=Path, help="folder of the archives [the cache]")
     parser.add_argument("--version", help="tag of the images [the workspace's version]")
     parser.add_argument("--binaries", type=Path, help="folder with the programs of one platform, built before")
+    parser.add_argument("--libraries", action="store_true",
+                        help="take along the libraries of this machine that the programs in --binaries ask for: for tests "
+                             "of programs built without musl")
     arguments = parser.parse_args(words)
     arguments.platforms = arguments.platforms.split(",")
     for name in arguments.platforms:
         if name not in TARGETS:
             parser.error(f"--platforms holds {name!r}; it may hold {' and '.join(TARGETS)}")
+    if arguments.libraries and not arguments.binaries:
+        parser.error("--libraries goes with --binaries: what is built here is static")
     if arguments.binaries and len(arguments.platforms) != 1:
         parser.error("--binaries holds the programs of one platform; name one with --platforms")
     return arguments

@@ -9,7 +9,7 @@ use freehold_crds::inference_node::InferenceNodeSpec;
 use freehold_crds::{GovernancePolicy, HealthProbe, InferenceNode, ModelDeployment, ObjectKey};
 use freehold_rules::plan::{FleetInput, NodeInput, Plan};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{Namespace, Node};
 use kube::core::{DeserializeGuard, PartialObjectMeta};
 use kube::{Resource, ResourceExt};
 use tokio::sync::Notify;
@@ -27,6 +27,8 @@ pub(crate) struct Shelves {
     pub(crate) nodes: Shelf<DeserializeGuard<InferenceNode>>,
     pub(crate) leases: Shelf<Lease>,
     pub(crate) namespaces: Shelf<PartialObjectMeta<Namespace>>,
+    /// The cluster's machines, for `kubectl cordon` and `drain`; empty where the API has none.
+    pub(crate) machines: Shelf<Node>,
     pub(crate) heartbeats: Arc<Heartbeats>,
 }
 
@@ -41,6 +43,7 @@ impl Shelves {
             nodes: Shelf::new(Arc::clone(news)),
             leases: Shelf::new(Arc::default()),
             namespaces: Shelf::new(Arc::clone(news)),
+            machines: Shelf::new(Arc::clone(news)),
             heartbeats: Arc::default(),
         }
     }
@@ -97,7 +100,7 @@ pub(crate) fn snapshot(shelves: &Shelves, last_policies: &mut LastPolicies, now:
     let judgement = judge(&silences);
     let nodes = nodes
         .into_iter()
-        .map(|node| node_input(node, &judgement))
+        .map(|node| node_input(node, &judgement, shelves))
         .collect();
     let namespaces = shelves.namespaces.state();
     Snapshot {
@@ -158,8 +161,10 @@ fn silences(shelves: &Shelves, nodes: &[&InferenceNode], now: Instant) -> BTreeM
     silences
 }
 
-fn node_input(node: &InferenceNode, judgement: &Judgement) -> NodeInput {
+fn node_input(node: &InferenceNode, judgement: &Judgement, shelves: &Shelves) -> NodeInput {
     let name = node.name_any();
+    let machine = shelves.machines.get(None, &name);
+    let unschedulable = machine.and_then(|machine| machine.spec.as_ref()?.unschedulable);
     NodeInput {
         labels: node.labels().clone(),
         liveness: judgement.by_node.get(&name).copied().unwrap_or_default(),
@@ -167,6 +172,7 @@ fn node_input(node: &InferenceNode, judgement: &Judgement) -> NodeInput {
         spec: node.spec.clone(),
         status: node.status.clone().unwrap_or_default(),
         deleting: node.meta().deletion_timestamp.is_some(),
+        cordoned: unschedulable == Some(true) || freehold_rules::labels::cordon(node.labels()),
         name,
     }
 }

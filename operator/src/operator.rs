@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use freehold_crds::SYSTEM_NAMESPACE;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{Namespace, Node};
+use kube::api::ListParams;
 use kube::core::PartialObjectMeta;
 use kube::runtime::watcher::{Config, Event};
 use kube::{Api, Client, ResourceExt};
@@ -27,10 +28,12 @@ use crate::metrics::Metrics;
 use crate::model_deployment::ModelDeployments;
 use crate::planner::Planner;
 use crate::server::{self, Readiness};
-use crate::shelf::Seen;
+use crate::shelf::{Seen, Shelf};
 
 /// Label selector of the agents' Leases.
 const AGENT_LEASES: &str = "app.kubernetes.io/component=node-agent";
+/// An operator that may see no Nodes asks again after this long.
+const LOOK_FOR_MACHINES: Duration = Duration::from_secs(600);
 /// What is under way at shutdown gets this long to end.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Events that wait at shutdown get this long to be told.
@@ -302,8 +305,24 @@ impl Work {
                 .clone()
                 .follow(leases, quietly().labels(AGENT_LEASES), listen),
         );
+        watches.spawn(follow_machines(self.client.clone(), shelves.machines.clone()));
         watches
     }
+}
+
+/// Watches the cluster's machines where the API has such and the operator may see them. An API without
+/// (Freehold's own) cordons by label alone.
+async fn follow_machines(client: Client, shelf: Shelf<Node>) {
+    let api: Api<Node> = Api::all(client);
+    while let Err(kube::Error::Api(status)) = api.list_metadata(&ListParams::default().limit(1)).await
+        && matches!(status.code, 403 | 404)
+    {
+        info!(reason = %status.message, "Sees no Nodes: kubectl cordon and drain are not heard of");
+        shelf.leave_empty();
+        tokio::time::sleep(LOOK_FOR_MACHINES).await;
+    }
+    // Whatever else is wrong, the watch tells and tries again.
+    shelf.follow(api, Config::default(), |_| {}).await;
 }
 
 /// Takes note of a heartbeat; true when the plan may have to change.
@@ -340,6 +359,7 @@ async fn filled(shelves: &Shelves) {
         shelves.nodes.filled(),
         shelves.leases.filled(),
         shelves.namespaces.filled(),
+        shelves.machines.filled(),
     );
 }
 

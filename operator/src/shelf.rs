@@ -148,6 +148,12 @@ where
         self.take_locked(&mut self.lock(), event);
     }
 
+    /// There is no such kind: the shelf is as full as it will be.
+    pub(crate) fn leave_empty(&self) {
+        self.take(Event::Init);
+        self.take(Event::InitDone);
+    }
+
     fn lock(&self) -> MutexGuard<'_, State<K>> {
         // A poisoned lock means that a thread panicked between two whole updates: the map is sound.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -121,6 +121,7 @@ fn add(input: &mut FleetInput, manifest: &Manifest) -> Result<()> {
             let node: InferenceNode = typed(manifest)?;
             input.nodes.push(NodeInput {
                 name: node.name_any(),
+                cordoned: freehold_rules::labels::cordon(node.labels()),
                 labels: node.labels().clone(),
                 generation: node.metadata.generation.unwrap_or(0),
                 spec: node.spec.clone(),

@@ -4,6 +4,15 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
+/// By this label, `true`, people cordon a machine that is no Node of the cluster.
+const UNSCHEDULABLE: &str = "freehold.dev/unschedulable";
+
+/// Whether a machine's labels cordon it.
+#[must_use]
+pub fn cordon(labels: &BTreeMap<String, String>) -> bool {
+    labels.get(UNSCHEDULABLE).is_some_and(|value| value == "true")
+}
+
 /// Whether the labels fit. An empty selector fits everything; an operator that is not known fits nothing.
 #[must_use]
 pub fn matches(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {

@@ -292,6 +292,56 @@ async fn is_cut_off(world: &World, desk: &Desk) {
         .unwrap();
 }
 
+/// A machine is drained: its model moves without a question unanswered, what only it can serve stays.
+async fn is_drained(world: &World, desk: &Desk) {
+    world.deploy(
+        "solo",
+        "  placement: {nodeSelector: {matchLabels: {room: house}}}\n",
+    );
+    let node = world
+        .until_ready("a model on one machine is ready", "solo", 1)
+        .await
+        .remove(0);
+    let traffic = desk.traffic(world, "drain", &world.gateway("node-3"), "solo");
+    traffic.until_well(world, "before the drain", 5).await;
+    let before = traffic.count();
+    let begun = Instant::now();
+    let drain = [
+        "drain",
+        &node,
+        "--ignore-daemonsets",
+        "--delete-emptydir-data",
+        "--timeout=60s",
+    ];
+    world.person.kubectl(&drain, "").unwrap();
+    let look = || {
+        let model = world.model("solo");
+        let moved = condition(&model, "Ready") == "True" && !places(&model).contains(&node);
+        if moved {
+            Ok(())
+        } else {
+            Err(model["status"].to_string())
+        }
+    };
+    world.until("its model serves on another", look).await;
+    println!(
+        "moved {:.1} s after the drain began",
+        begun.elapsed().as_secs_f64()
+    );
+    traffic.until_well(world, "it was drained", 10).await;
+    let after = traffic.count();
+    assert_eq!(after.0, before.0, "questions failed");
+    let both = world
+        .until_ready("what no other can take stays", "smollm2", 2)
+        .await;
+    assert!(both.contains(&node), "{both:?}");
+    world.person.kubectl(&["uncordon", &node], "").unwrap();
+    world
+        .person
+        .kubectl(&["delete", "modeldeployment", "solo"], "")
+        .unwrap();
+}
+
 /// Every pod is replaced while people ask.
 async fn is_upgraded(world: &World, traffic: &Traffic) {
     let before = traffic.count();
@@ -398,6 +448,7 @@ async fn a_model_on_three_machines_outlives_what_befalls_them() {
     is_upgraded(&world, &traffic).await;
     drop(traffic);
     is_placed(&world).await;
+    is_drained(&world, &desk).await;
     is_cut_off(&world, &desk).await;
     leaves_what_the_user_owns(&world).await;
 }

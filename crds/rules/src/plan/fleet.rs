@@ -97,6 +97,9 @@ impl<'a> Machine<'a> {
         if self.node.deleting {
             return Err("the machine is leaving".to_owned());
         }
+        if self.node.cordoned {
+            return Err("it is cordoned".to_owned());
+        }
         match self.node.liveness {
             Liveness::Alive => {}
             Liveness::Silent | Liveness::Lost => return Err("its heartbeat stopped".to_owned()),

@@ -57,6 +57,8 @@ pub struct NodeInput {
     pub status: InferenceNodeStatus,
     /// Its object is on the way out.
     pub deleting: bool,
+    /// It shall get nothing new, and be rid of what it has as soon as other machines serve that.
+    pub cordoned: bool,
 }
 
 /// Whether a machine is heard from.

@@ -6,6 +6,7 @@
 )]
 
 mod build;
+mod cordon;
 mod devices;
 mod energy;
 mod names;

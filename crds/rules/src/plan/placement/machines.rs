@@ -45,7 +45,7 @@ impl Placing<'_, '_> {
     /// The machines that may take the template, best first, and a reason for every machine.
     pub(super) fn rank(&self, template: &Template<'_>) -> (Vec<String>, Vec<PlanReason>) {
         let key = &self.valid.key;
-        let mut fit: Vec<(bool, std::cmp::Reverse<u64>, String)> = Vec::new();
+        let mut fit: Vec<(bool, bool, std::cmp::Reverse<u64>, String)> = Vec::new();
         let mut reasons = Vec::new();
         for (name, machine) in &self.fleet.machines {
             let held = machine.holds(key);
@@ -54,7 +54,8 @@ impl Placing<'_, '_> {
             let verdict = self.may_run(machine, template, holds, free);
             let (decision, why) = match verdict {
                 Ok(why) => {
-                    fit.push((!holds, std::cmp::Reverse(free), (*name).to_owned()));
+                    let cordoned = machine.node.cordoned;
+                    fit.push((cordoned, !holds, std::cmp::Reverse(free), (*name).to_owned()));
                     (if holds { "Kept" } else { "Chosen" }, why)
                 }
                 Err(why) => ("Rejected", why),
@@ -66,7 +67,7 @@ impl Placing<'_, '_> {
             });
         }
         fit.sort();
-        (fit.into_iter().map(|(_, _, name)| name).collect(), reasons)
+        (fit.into_iter().map(|(.., name)| name).collect(), reasons)
     }
 
     fn may_run(

@@ -228,6 +228,7 @@ impl Placing<'_, '_> {
                 Ok(()) => self.assign(&name, &template, &mut planned, reason),
             }
         }
+        self.leave_cordoned(&template, wanted, &mut planned, &mut reasons);
         self.keep_serving(&template, wanted, &mut planned);
         planned.reasons = reasons;
         let placed = planned

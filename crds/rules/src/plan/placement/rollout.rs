@@ -96,6 +96,56 @@ impl Placing<'_, '_> {
         }
     }
 
+    /// A cordoned machine serves on until as many others do as are wanted: nothing is asked of nobody.
+    pub(super) fn leave_cordoned(
+        &mut self,
+        template: &Template<'_>,
+        wanted: usize,
+        planned: &mut DeploymentPlan,
+        reasons: &mut [PlanReason],
+    ) {
+        let name = &template.assignment.name;
+        let answers = planned.placements.iter().filter(|placed| {
+            let machine = self.fleet.machines.get(placed.node.as_str());
+            let instance = machine.and_then(|machine| machine.current(&placed.assignment));
+            placed.assignment == *name
+                && instance.is_some_and(|instance| matches!(instance.phase, Phase::Ready | Phase::Idle))
+        });
+        let mut missing = wanted.saturating_sub(answers.count());
+        let leaving = self.fleet.machines.iter().filter(|(node, machine)| {
+            machine.node.cordoned && machine.keeps() && planned.placements.iter().all(|p| p.node != **node)
+        });
+        let leaving: Vec<(String, Vec<Assignment>)> = leaving
+            .map(|(node, machine)| {
+                let held = machine.holds(&self.valid.key).into_iter();
+                let held = held.filter(|held| held.name == *name || self.policies_allow(held));
+                ((*node).to_owned(), held.cloned().collect())
+            })
+            .filter(|(_, held): &(String, Vec<Assignment>)| !held.is_empty())
+            .collect();
+        for (node, held) in leaving {
+            let Some(machine) = self.fleet.machines.get_mut(node.as_str()) else {
+                continue;
+            };
+            if missing == 0 {
+                return;
+            }
+            missing -= 1;
+            for assignment in held {
+                planned.placements.push(Placed {
+                    node: node.clone(),
+                    revision: assignment.revision.clone(),
+                    assignment: assignment.name.clone(),
+                });
+                machine.planned.push(assignment);
+            }
+            if let Some(reason) = reasons.iter_mut().find(|reason| reason.node == node) {
+                reason.decision = "Kept".to_owned();
+                reason.reason = "it is cordoned, and serves until others do".to_owned();
+            }
+        }
+    }
+
     /// Where the new revision finds no machine, the old one serves on where it is and still may be: a
     /// change that cannot be carried out takes nothing down.
     pub(super) fn keep_serving(
