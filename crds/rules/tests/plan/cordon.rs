@@ -41,7 +41,7 @@ fn a_cordoned_machine_serves_until_another_does() {
     tell_ready(&mut world, "small");
     world.round();
     assert_eq!((world.models("large").len(), world.models("small").len()), (0, 1));
-    assert_eq!(world.condition("chat", "Ready").unwrap().0, "True AsExpected");
+    assert_eq!(world.condition("chat", "Ready").unwrap().0, "True Serving");
 
     cordon(&mut world, "large", false);
     world.agents = Box::new(|assignment| instance(assignment, Phase::Ready));
