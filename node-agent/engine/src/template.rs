@@ -138,7 +138,7 @@ fn without_generation_marks(source: &str) -> String {
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         clean.push_str(before);
-        let Some(end) = tag.find("%}") else {
+        let Some(end) = tag[2..].find("%}").map(|end| end + 2) else {
             rest = tag;
             break;
         };
@@ -280,6 +280,8 @@ mod tests {
     fn marks_of_training_texts_print_nothing() {
         let source = "{% for m in messages %}\n{%- generation -%} {{ m.content }} {%- endgeneration %}\n{% generation %}!{% endgeneration %}\n{% endfor %}{{ '{% generation' }}";
         assert_eq!(render(source).unwrap(), " hi !{% generation");
+        // Found by a fuzzer.
+        assert_eq!(without_generation_marks("{%} {%%} {%"), "{%} {%%} {%");
     }
 
     #[test]

@@ -22,7 +22,7 @@ const ALONE_SECONDS: f64 = 0.25;
 /// What a chunk may add to a step of answers, unless the fewest rows take longer: readers see a pause.
 const PAUSE_SECONDS: f64 = 0.04;
 /// What a step of answers earns for the prompts, of its own time. Below 1: measurements lag behind.
-const SHARE: f64 = 0.8;
+const SHARE: f64 = 0.7;
 
 /// What steps cost, and what prompts have earned.
 #[derive(Debug, Default)]
