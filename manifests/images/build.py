@@ -114,7 +114,7 @@ def with_libraries(path, folder):
     return stripped, {each.lstrip("/"): oci.File(Path(each).read_bytes(), 0o755) for each in wanted}
 
 
-def image(name, architecture, program, libraries, bill, about):
+def image(name, architecture, program, bill, about, libraries=None):
     """An image with one program and what it needs to run as nobody."""
     facts = IMAGES[name]
     files = {
@@ -124,7 +124,7 @@ def image(name, architecture, program, libraries, bill, about):
         "usr/share/doc/freehold/LICENSE": oci.File((ROOT / "LICENSE").read_bytes()),
         "usr/share/doc/freehold/sbom.cdx.json": oci.File(bill),
         "tmp": oci.File(mode=0o1777),
-        **libraries,
+        **(libraries or {}),
     }
     if facts["certificates"]:
         files["etc/ssl/certs/ca-certificates.crt"] = oci.File(about["certificates"])
@@ -186,7 +186,7 @@ def main(arguments):
                          f"Build it with --target {TARGETS[architecture]}, or leave --binaries out")
             bill = json.dumps(sbom.bill(ROOT, f"freehold-{name}", TARGETS[architecture]), indent=1).encode()
             (out / f"freehold-{name}-{version}.{architecture}.cdx.json").write_bytes(bill)
-            made.append(image(name, architecture, program, libraries, bill, facts))
+            made.append(image(name, architecture, program, bill, facts, libraries))
             print(f"freehold-{name} {architecture}: program {megabytes(len(program))}")
         reference, file = f"localhost/freehold-{name}:{version}", out / f"freehold-{name}-{version}.tar"
         data = oci.archive(reference, made)
