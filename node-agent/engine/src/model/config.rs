@@ -1,5 +1,7 @@
 //! What a decoder is made of, read from a GGUF file and checked against its tensors.
 
+use candle_core::quantized::GgmlDType;
+
 use super::rope::{RopeScaling, Yarn};
 use crate::InvalidModel;
 use crate::gguf::{GgufFile, Value};
@@ -348,15 +350,30 @@ impl DecoderConfig {
     /// Checks that every tensor is there with its shape.
     pub(crate) fn check_tensors(&self, file: &GgufFile) -> Result<(), InvalidModel> {
         for (name, shape) in self.tensor_shapes() {
-            let found = &file.info(&name)?.shape;
-            if *found != shape {
+            let found = file.info(&name)?;
+            if found.shape != shape {
                 return Err(InvalidModel::inconsistent(
                     format!("shape of tensor {name}"),
-                    format!("{found:?}"),
+                    format!("{:?}", found.shape),
                     format!("{shape:?}"),
                 ));
             }
+            if shape.len() == 1 {
+                check_vector(&name, found.dtype)?;
+            }
         }
         Ok(())
+    }
+}
+
+/// Norms and biases are no quantised numbers.
+pub(super) fn check_vector(name: &str, dtype: GgmlDType) -> Result<(), InvalidModel> {
+    match dtype {
+        GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => Ok(()),
+        other => Err(InvalidModel::unsupported(
+            format!("the type of tensor {name}"),
+            format!("{other:?}"),
+            "F32, F16 and BF16 for norms and biases",
+        )),
     }
 }

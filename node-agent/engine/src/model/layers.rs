@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use candle_core::Device;
-use candle_core::quantized::GgmlDType;
 
+use super::config::check_vector;
 use crate::gguf::GgufFile;
 use crate::kernels::{Compute, Matrix, Memory, WeightPrecision};
 use crate::{InvalidModel, LoadModel};
@@ -65,14 +65,7 @@ impl Source<'_> {
     /// A vector of the file, of this size.
     pub(super) fn vector(&self, name: &str, size: usize) -> Result<Vec<f32>, LoadModel> {
         let tensor = self.file.tensor(name, &[size], &Device::Cpu)?;
-        if !matches!(tensor.dtype(), GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16) {
-            return Err(InvalidModel::unsupported(
-                format!("the type of tensor {name}"),
-                format!("{:?}", tensor.dtype()),
-                "F32, F16 and BF16 for norms and biases",
-            )
-            .into());
-        }
+        check_vector(name, tensor.dtype())?;
         Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
     }
 }
