@@ -3,8 +3,8 @@
 //! ```text
 //!  test ──TLS, token──▶ kube-apiserver ──▶ etcd (a port) or kine (a socket) ──▶ folder of the test
 //! ```
-//! Everything lies in one temporary folder and listens on loopback only. `FREEHOLD_TEST_KUBECONFIG` puts a
-//! cluster of the reader's own in its place.
+//! Everything lies in one temporary folder and listens on loopback only. In the conformance suite
+//! `FREEHOLD_TEST_KUBECONFIG` puts a cluster of the reader's own in its place; the others do not know it yet.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};

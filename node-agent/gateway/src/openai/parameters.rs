@@ -182,12 +182,15 @@ fn take_seed(fields: &mut Fields) -> Result<Option<u64>, ApiError> {
     let Some(value) = fields.take("seed") else {
         return Ok(None);
     };
+    let wanted = "a whole number of at most 64 bits";
     match value.as_i64().map(i64::cast_unsigned).or(value.as_u64()) {
         Some(seed) => Ok(Some(seed)),
-        None => Err(ApiError::invalid(
+        // Only numbers are repeated: they are short, and nobody's secret.
+        None if value.is_number() => Err(ApiError::invalid(
             "seed",
-            format!("seed is {value} and must be a whole number of at most 64 bits"),
+            format!("seed is {value} and must be {wanted}"),
         )),
+        None => Err(wrong_type("seed", &value, wanted)),
     }
 }
 
