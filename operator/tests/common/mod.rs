@@ -488,10 +488,12 @@ async fn answer(
             "status": status,
         });
         let parameters = PatchParams::apply("freehold-node-agent").force();
-        api.patch_status(&name, &parameters, &Patch::Apply(&body))
-            .await
-            .unwrap();
-        told = Some(status);
+        match api.patch_status(&name, &parameters, &Patch::Apply(&body)).await {
+            Ok(_) => told = Some(status),
+            // Deleted a moment ago: the watch is about to tell so.
+            Err(kube::Error::Api(refusal)) if refusal.is_not_found() => {}
+            Err(error) => panic!("{name} could not tell its status: {error}"),
+        }
     }
 }
 
