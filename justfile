@@ -97,3 +97,7 @@ e2e-short:
 # The kernels of 64-bit ARM on emulated processors
 test-arm:
     tests/arm
+
+# The API suites, the chart, operator and agent on the cluster that KUBECONFIG names, such as your k3s
+on-cluster *ARGS:
+    tests/on-cluster {{ARGS}}

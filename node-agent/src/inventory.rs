@@ -58,19 +58,13 @@ fn gib(bytes: u64) -> String {
     format!("{:.1} GiB", bytes as f64 / GIB as f64)
 }
 
-/// Installed memory, or the container's limit where that is lower.
+/// Installed memory, or the control group's limit where that is lower.
 fn memory_bytes() -> u64 {
     let installed = fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| meminfo_total(&text));
     let installed = installed.or_else(mac_memory_bytes).unwrap_or(0);
-    let limits = [
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    ];
-    let limit = limits
-        .iter()
-        .find_map(|path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());
+    let limit = crate::cgroup::memory_limit_bytes(Path::new("/"));
     match limit {
         Some(limit) if installed > 0 => installed.min(limit),
         _ => installed,

@@ -13,6 +13,7 @@
 
 pub mod agent;
 pub mod args;
+mod cgroup;
 mod config;
 pub mod credential;
 mod energy;

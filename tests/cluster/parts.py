@@ -2,8 +2,8 @@
 
     python3 tests/cluster/parts.py CACHE SET...
 
-Sets: api (kube-apiserver, etcd, kine), helm, control (controller manager and scheduler), node (kubelet,
-kube-proxy, containerd, runc, CNI plugins and nft). What the Go modules hold is built from the release's own sources, pinned by
+Sets: api (kube-apiserver, etcd, kine), helm, tools (the kinds of Flux, Argo CD and k3s's Helm controller), control
+(controller manager and scheduler), node (kubelet, kube-proxy, containerd, runc, CNI plugins and nft). What the Go modules hold is built from the release's own sources, pinned by
 go.mod and go.sum beside this file. A part is built again only when its pins or flags changed."""
 
 import hashlib
@@ -34,6 +34,19 @@ HELM_PACKAGE_SHA512 = ("40961a8db48b88a7a92cc9f822eff17ed6e16044646aa61cc2d307e8
 
 COMPONENTS = {"api": ["kube-apiserver"], "control": ["kube-controller-manager", "kube-scheduler"], "node": ["kubelet"]}
 STORAGE = {"etcd": ("go.etcd.io/etcd/server/v3", "0"), "kine": ("github.com/k3s-io/kine", "1")}
+# The kinds of the tools that manifests/ speaks to, from their own modules: module, Go's sum of it, files in it.
+TOOLS = [
+    ("github.com/fluxcd/source-controller@v1.7.3", "h1:gFfeBiNUgF0kFFGap/rrMeJqz+0Tod0ARENJO8w/UA8=",
+     ["config/crd/bases/source.toolkit.fluxcd.io_gitrepositories.yaml"]),
+    ("github.com/fluxcd/helm-controller@v1.4.0", "h1:rkm8rmB6Na7eNc4pJOnvtXEaJ19iKluRtayHKjBxcUM=",
+     ["config/crd/bases/helm.toolkit.fluxcd.io_helmreleases.yaml"]),
+    ("github.com/fluxcd/kustomize-controller@v1.7.3", "h1:SzNnGn/4ObAPEHHleM5U7y/AKxKXph3Vj6ZhteeXw8M=",
+     ["config/crd/bases/kustomize.toolkit.fluxcd.io_kustomizations.yaml"]),
+    ("github.com/argoproj/argo-cd/v3@v3.3.0", "h1:9UlruTd5cC/MyvorTXgAIblfZTy63MF5FYvvoAaUvwU=",
+     ["manifests/crds/application-crd.yaml"]),
+    ("github.com/k3s-io/helm-controller@v0.17.9", "h1:HhZTiFhVDzhbAYeb/aSlExWhJTnDTpHypMqu5Mh8Uow=",
+     ["pkg/crds/yaml/generated/helm.cattle.io_helmcharts.yaml"]),
+]
 # kube-proxy writes its rules with nft; what that needs beyond libc comes with it.
 DEBIAN = json.loads((HERE / "debian.json").read_text())
 
@@ -127,6 +140,32 @@ def helm(cache):
     (cache / "helm.new").chmod(0o755)
     os.replace(cache / "helm.new", target)
     stamp.write_text(HELM_PACKAGE)
+
+
+def tools(cache):
+    """CustomResourceDefinitions of Flux, Argo CD and k3s's Helm controller. Only these files are kept."""
+    target = cache / "tools"
+    stamp = target / "modules.json"
+    wanted = [module for module, _, _ in TOOLS]
+    if stamp.exists() and json.loads(stamp.read_text()) == wanted:
+        return
+    go = find_go(cache)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for module, pinned, files in TOOLS:
+        say(f"fetching the kinds of {module}")
+        with tempfile.TemporaryDirectory() as folder:
+            environment = os.environ | {"GOMODCACHE": folder, "GOFLAGS": "-modcacherw", "GOWORK": "off"}
+            got = subprocess.run([go, "mod", "download", "-json", module], cwd=folder, env=environment,
+                                 capture_output=True, text=True)
+            facts = json.loads(got.stdout) if got.stdout.strip() else {}
+            if got.returncode != 0 or "Error" in facts:
+                sys.exit(f"{module} could not be fetched: {facts.get('Error') or got.stderr.strip()}")
+            if facts["Sum"] != pinned:
+                sys.exit(f"{module}: its sum is {facts['Sum']} and must be {pinned}; nothing was kept")
+            for file in files:
+                shutil.copyfile(Path(facts["Dir"]) / file, target / Path(file).name)
+    stamp.write_text(json.dumps(wanted, indent=1))
 
 
 def debian(cache):
@@ -237,11 +276,11 @@ def archive(name, files, entrypoint, target):
 
 
 def main(cache, sets):
-    unknown = set(sets) - {"api", "helm", "control", "node"}
+    unknown = set(sets) - {"api", "helm", "tools", "control", "node"}
     if unknown:
-        sys.exit(f"no such set: {', '.join(unknown)}; there are api, helm, control and node")
+        sys.exit(f"no such set: {', '.join(unknown)}; there are api, helm, tools, control and node")
     if platform.system() != "Linux":
-        sys.exit("these parts run on Linux; elsewhere set FREEHOLD_TEST_KUBECONFIG to a cluster of your own")
+        sys.exit("these parts run on Linux; elsewhere run tests/on-cluster with KUBECONFIG naming a cluster of your own")
     cache.mkdir(parents=True, exist_ok=True)
     for name in sets:
         for component in COMPONENTS.get(name, []):
@@ -251,6 +290,8 @@ def main(cache, sets):
                 build(cache, component, "storage", package, "-s -w", cgo)
         if name == "helm":
             helm(cache)
+        if name == "tools":
+            tools(cache)
         if name == "node":
             build(cache, "kube-proxy", "proxy", "k8s.io/kubernetes/cmd/kube-proxy", kubernetes_flags(), "0")
             debian(cache)

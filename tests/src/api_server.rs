@@ -3,8 +3,8 @@
 //! ```text
 //!  test ──TLS, token──▶ kube-apiserver ──▶ etcd (a port) or kine (a socket) ──▶ folder of the test
 //! ```
-//! Everything lies in one temporary folder and listens on loopback only. In the conformance suite
-//! `FREEHOLD_TEST_KUBECONFIG` puts a cluster of the reader's own in its place; the others do not know it yet.
+//! Everything lies in one temporary folder and listens on loopback only. `FREEHOLD_TEST_KUBECONFIG` puts a cluster of
+//! the reader's own in its place ([`crate::named`]), save where a test gives the server users or arguments.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, Patch, PatchParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
 use kube::runtime::wait::{await_condition, conditions};
 use kube::{Client, Config};
 use tempfile::TempDir;
 
 use crate::child::Program;
+use crate::named::NamedCluster;
 use crate::parts::part;
 
 /// A server that is not ready by then will not be.
@@ -44,27 +45,39 @@ pub struct User {
     pub groups: Vec<String>,
 }
 
-/// A running API server. Dropping it ends it.
+/// A running API server. Dropping it ends it, or leaves the named cluster as it was.
 #[derive(Debug)]
 pub struct ApiServer {
     kubeconfig: PathBuf,
-    url: String,
-    authority: PathBuf,
     arguments: Vec<String>,
-    /// kube-apiserver, then what keeps its objects.
+    /// kube-apiserver, then what keeps its objects; none where the cluster is named.
     programs: Vec<Program>,
+    /// Where it is and who is believed to be it.
+    owner: Kubeconfig,
     folder: TempDir,
+    _named: Option<NamedCluster>,
 }
 
 /// The token of the owner, who may do everything.
 const OWNER: &str = "owner-token";
 
 impl ApiServer {
-    /// Starts one and waits until it is ready.
+    /// Starts one and waits until it is ready; or takes the cluster that the environment names.
     ///
     /// # Errors
-    /// When a part is missing or ends early; its last words are in the error.
+    /// When a part is missing or ends early; its last words are in the error. When the named cluster holds already
+    /// what the tests make.
     pub async fn start(storage: Storage) -> Result<Self> {
+        if let Some(named) = NamedCluster::borrow().await? {
+            return Ok(Self {
+                kubeconfig: named.path().to_owned(),
+                arguments: Vec::new(),
+                programs: Vec::new(),
+                owner: named.kubeconfig.clone(),
+                folder: tempfile::tempdir()?,
+                _named: Some(named),
+            });
+        }
         Self::start_with(storage, &[], &[]).await
     }
 
@@ -132,17 +145,20 @@ impl ApiServer {
         ];
         all.extend_from_slice(arguments);
         let program = Program::start("kube-apiserver", &part("kube-apiserver")?, &all, path)?;
+        let authority = path.join("certificates/apiserver.crt");
+        let owner = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: test\nclusters:\n- name: test\n  cluster: {{server: \"https://{address}:{port}\", certificate-authority: {authority:?}}}\nusers:\n- name: test\n  user: {{token: \"{OWNER}\"}}\ncontexts:\n- name: test\n  context: {{cluster: test, user: test, namespace: default}}\n",
+        );
         let mut server = Self {
             kubeconfig: path.join("kubeconfig"),
-            url: format!("https://{address}:{port}"),
-            authority: path.join("certificates/apiserver.crt"),
             arguments: all,
             programs: vec![program, store],
+            owner: Kubeconfig::from_yaml(&owner)?,
             folder,
+            _named: None,
         };
-        server.until_ready().await?;
-        let owner = server.kubeconfig_of(OWNER)?;
-        std::fs::write(&server.kubeconfig, serde_yaml::to_string(&owner)?)?;
+        std::fs::write(&server.kubeconfig, owner)?;
+        server.until_ready(&authority).await?;
         Ok(server)
     }
 
@@ -167,10 +183,12 @@ impl ApiServer {
         if let Some(server) = self.programs.first_mut() {
             *server = program;
         }
-        self.until_ready().await
+        let authority = self.folder.path().join("certificates/apiserver.crt");
+        self.until_ready(&authority).await
     }
 
-    async fn until_ready(&mut self) -> Result<()> {
+    /// `authority`: the certificate that it makes when it first starts.
+    async fn until_ready(&mut self, authority: &Path) -> Result<()> {
         let started = Instant::now();
         let mut last = "nothing was heard".to_owned();
         while started.elapsed() < START {
@@ -179,7 +197,7 @@ impl ApiServer {
                     bail!("{why}");
                 }
             }
-            if self.authority.is_file() {
+            if authority.is_file() {
                 match self.ready().await {
                     Ok(()) => return Ok(()),
                     Err(error) => last = format!("{error:#}"),
@@ -195,20 +213,22 @@ impl ApiServer {
     }
 
     async fn ready(&self) -> Result<()> {
-        let client = self.client_of(OWNER).await?;
+        let client = self.client().await?;
         let request = http::Request::get("/readyz").body(Vec::new())?;
         let text = client.request_text(request).await?;
         anyhow::ensure!(text == "ok", "/readyz says {text}");
         Ok(())
     }
 
-    fn kubeconfig_of(&self, token: &str) -> Result<Kubeconfig> {
-        let authority = &self.authority;
-        let text = format!(
-            "apiVersion: v1\nkind: Config\ncurrent-context: test\nclusters:\n- name: test\n  cluster: {{server: \"{}\", certificate-authority: {authority:?}}}\nusers:\n- name: test\n  user: {{token: \"{token}\"}}\ncontexts:\n- name: test\n  context: {{cluster: test, user: test, namespace: default}}\n",
-            self.url,
-        );
-        Ok(Kubeconfig::from_yaml(&text)?)
+    fn kubeconfig_of(&self, token: &str) -> Kubeconfig {
+        let mut kubeconfig = self.owner.clone();
+        for user in &mut kubeconfig.auth_infos {
+            user.auth_info = Some(AuthInfo {
+                token: Some(token.to_owned().into()),
+                ..AuthInfo::default()
+            });
+        }
+        kubeconfig
     }
 
     /// A client that shows this token.
@@ -216,9 +236,7 @@ impl ApiServer {
     /// # Errors
     /// When the kubeconfig does not read.
     pub async fn client_of(&self, token: &str) -> Result<Client> {
-        let (kubeconfig, options) = (self.kubeconfig_of(token)?, KubeConfigOptions::default());
-        let config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
-        Ok(Client::try_from(config)?)
+        client(self.kubeconfig_of(token)).await
     }
 
     /// A client of one who may do everything.
@@ -226,7 +244,7 @@ impl ApiServer {
     /// # Errors
     /// When the kubeconfig does not read.
     pub async fn client(&self) -> Result<Client> {
-        self.client_of(OWNER).await
+        client(self.owner.clone()).await
     }
 
     /// A client of a user that was given to [`Self::start_with`].
@@ -244,7 +262,7 @@ impl ApiServer {
     pub fn kubeconfig_as(&self, user: &User) -> Result<PathBuf> {
         let token = token_of(user);
         let path = self.folder.path().join(format!("{token}.kubeconfig"));
-        std::fs::write(&path, serde_yaml::to_string(&self.kubeconfig_of(&token)?)?)?;
+        std::fs::write(&path, serde_yaml::to_string(&self.kubeconfig_of(&token))?)?;
         Ok(path)
     }
 
@@ -265,6 +283,11 @@ impl ApiServer {
     pub fn process_ids(&self) -> Vec<u32> {
         self.programs.iter().map(Program::id).collect()
     }
+}
+
+async fn client(kubeconfig: Kubeconfig) -> Result<Client> {
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
 }
 
 /// Makes the API server know the kinds of `crds`, and waits until it serves them.

@@ -37,7 +37,7 @@ pub fn part(name: &str) -> Result<PathBuf> {
     let path = cache().join("cluster").join(name);
     ensure!(
         path.is_file(),
-        "no {name} at {}: run ./tests/run, which builds it once, or set FREEHOLD_TEST_KUBECONFIG to a cluster of your own",
+        "no {name} at {}: run ./tests/run, which builds it once, or run tests/on-cluster with KUBECONFIG naming a cluster of your own",
         path.display()
     );
     Ok(path)

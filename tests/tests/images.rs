@@ -15,3 +15,8 @@ fn images_are_valid_and_the_same_twice() {
         String::from_utf8_lossy(&output.stderr)
     );
 }
+
+#[test]
+fn dockerfiles_read_as_buildkit_reads_them() {
+    freehold_tests::go::test("images/dockerfile");
+}

@@ -16,8 +16,9 @@ use freehold_crds::{InferenceNode, ModelDeployment, SYSTEM_NAMESPACE};
 use freehold_node_agent::{Agent, AgentConfig};
 use freehold_operator::{LeaderElection, Operator, OperatorConfig};
 use freehold_tests::api_server::{ApiServer, Storage, install};
+use freehold_tests::named::is_named;
 use k8s_openapi::api::core::v1::Namespace;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, Patch, PatchParams};
 use kube::runtime::wait::await_condition;
 use kube::{Api, Client};
 use serde_json::json;
@@ -55,6 +56,10 @@ async fn works_and_rests_on_the_embedded_control_plane() {
 }
 
 async fn works_and_rests(storage: Storage) {
+    if is_named() && storage == Storage::Kine {
+        println!("skipped: the named cluster has one storage, which the other test met");
+        return;
+    }
     let begun = Instant::now();
     let server = ApiServer::start(storage).await.unwrap();
     println!("{storage:?}: ready in {:.1?}", begun.elapsed());
@@ -63,9 +68,22 @@ async fn works_and_rests(storage: Storage) {
     let namespaces: Api<Namespace> = Api::all(client.clone());
     let system = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM_NAMESPACE}});
     namespaces
-        .create(&PostParams::default(), &serde_json::from_value(system).unwrap())
+        .patch(
+            SYSTEM_NAMESPACE,
+            &PatchParams::apply("person"),
+            &Patch::Apply(&system),
+        )
         .await
         .unwrap();
+    if is_named() {
+        // Others write there too: only what is of our own kinds is surely ours.
+        let counted = || async {
+            let mut counts = writes(&client).await;
+            counts.retain(|what, _| what.ends_with(" freehold.dev"));
+            counts
+        };
+        return works(&client, server.folder(), "named cluster", 0.0, counted).await;
+    }
     let name = format!("{storage:?}");
     // The API server's own Lease is not ours: it renews it every 10 s.
     works(&client, server.folder(), &name, 1.0 / 10.0, || writes(&client)).await;
@@ -220,10 +238,14 @@ async fn writes(client: &Client) -> BTreeMap<String, u64> {
                 .unwrap_or(0.0);
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
             let count = count as u64;
-            let (resource, part) = (label("resource"), label("subresource"));
-            *counts
-                .entry(format!("{verb} {resource} {part}").trim().to_owned())
-                .or_insert(0) += count;
+            let mut what = verb;
+            for name in ["resource", "subresource", "group"] {
+                let word = label(name);
+                if !word.is_empty() {
+                    what = format!("{what} {word}");
+                }
+            }
+            *counts.entry(what).or_insert(0) += count;
         }
     }
     counts

@@ -18,6 +18,9 @@ pub struct BusState {
     pub policies: Vec<CompiledPolicy>,
     /// The workers of this machine, by assignment.
     pub workers: BTreeMap<String, WorkerEndpoint>,
+    /// Models that this machine held before its agent was started are still being loaded: `/readyz` says no, so
+    /// that a rollout does not go on to the next machine.
+    pub coming_back: bool,
 }
 
 /// One worker of this machine.

@@ -80,6 +80,18 @@ impl Instance {
         self.assignment = assignment;
     }
 
+    /// Whether it is on its way into memory with bytes that are here already.
+    pub(super) fn is_coming_back(&self) -> bool {
+        match self.watchdog.stage() {
+            Stage::Fetching => self
+                .fetch_state
+                .as_ref()
+                .is_none_or(|state| state.verifying || state.progress.bytes_done == 0),
+            Stage::New | Stage::Waiting { message: None } | Stage::Loading { .. } => true,
+            _ => false,
+        }
+    }
+
     /// When it must be looked at again.
     pub(super) fn deadline(&self) -> Option<Duration> {
         let probes = self

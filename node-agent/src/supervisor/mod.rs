@@ -42,6 +42,9 @@ const DRAIN_POLL: Duration = Duration::from_millis(50);
 /// A deadline that has passed and waits for something else (an idle model whose counters are a moment
 /// old) is looked at again after this, not at once.
 const SHORTEST_REST: Duration = Duration::from_millis(20);
+/// An agent that was started says so long that it is not ready while it loads what it held before. What takes
+/// longer than that is told by the model's own status.
+const COMING_BACK: Duration = Duration::from_secs(60);
 /// Without any deadline the world is looked over this often.
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
@@ -170,6 +173,7 @@ pub(crate) struct Supervisor {
     /// Numbers fetches, workers and rounds of checks, so that news of an earlier one is known as such.
     epoch: u64,
     memory_changed: bool,
+    coming_back: bool,
     stopping: bool,
 }
 
@@ -192,6 +196,7 @@ impl Supervisor {
             started: Instant::now(),
             epoch: 0,
             memory_changed: false,
+            coming_back: true,
             stopping: false,
         }
     }
@@ -230,7 +235,9 @@ impl Supervisor {
         if self.instances.values().any(draining) {
             return DRAIN_POLL;
         }
-        let next = self.instances.values().filter_map(Instance::deadline).min();
+        let back = self.coming_back.then_some(COMING_BACK);
+        let deadlines = self.instances.values().filter_map(Instance::deadline);
+        let next = deadlines.chain(back).min();
         next.map_or(LONGEST_REST, |next| next.saturating_sub(now))
             .clamp(SHORTEST_REST, LONGEST_REST)
     }
@@ -443,6 +450,10 @@ impl Supervisor {
 
     /// Brings gateway, status, metrics and waiting requests in line with where everything stands.
     fn tell(&mut self) {
+        if self.accepted.is_some() {
+            let loading = self.instances.values().any(Instance::is_coming_back);
+            self.coming_back &= loading && self.now() < COMING_BACK;
+        }
         let accepted = self.accepted.as_ref();
         let workers = self
             .instances
@@ -456,6 +467,7 @@ impl Supervisor {
                 .map(|accepted| accepted.spec.policies.clone())
                 .unwrap_or_default(),
             workers: workers.collect(),
+            coming_back: self.coming_back,
         };
         if accepted.is_some() && self.bus.as_ref() != Some(&bus) {
             self.tools.gateway.apply(bus.clone());

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use freehold_tests::api_server::{ApiServer, Storage};
+use freehold_tests::named::is_named;
 use serde_json::Value;
 
 use freehold_tests::person::{Person, chart};
@@ -22,15 +23,18 @@ fn versions(person: &Person) -> BTreeMap<String, (Value, Value)> {
         .map(|object| {
             let name = format!("{} {}", object["kind"], object["metadata"]["name"]);
             let metadata = &object["metadata"];
-            (
-                name,
-                (
-                    metadata["generation"].clone(),
-                    metadata["resourceVersion"].clone(),
-                ),
-            )
+            (name, (metadata["generation"].clone(), version(metadata)))
         })
         .collect()
+}
+
+/// Where controllers run, they tell a status at any time, and the version moves.
+fn version(metadata: &Value) -> Value {
+    if is_named() {
+        metadata["labels"].clone()
+    } else {
+        metadata["resourceVersion"].clone()
+    }
 }
 
 /// The chart as it would have been a version before.

@@ -1,6 +1,9 @@
 //! What the chart renders over a matrix of values, before anything is installed.
 
 use freehold_tests::api_server::{ApiServer, Storage, install};
+use freehold_tests::named::is_named;
+use freehold_tests::parts::part;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
 
 use freehold_tests::person::{Person, chart, objects};
@@ -157,11 +160,12 @@ async fn a_real_api_server_takes_every_object_strictly() {
     person
         .kubectl(&["apply", "-f", "-"], &locked.to_string())
         .unwrap();
-    // No controller makes them here.
+    // Where no controller runs, nobody makes them.
     for namespace in ["locked", "freehold-system"] {
-        person
-            .kubectl(&["create", "serviceaccount", "default", "-n", namespace], "")
-            .unwrap();
+        let account = json!({"apiVersion": "v1", "kind": "ServiceAccount",
+            "metadata": {"name": "default", "namespace": namespace}});
+        let apply = ["apply", "--server-side", "-f", "-"];
+        person.kubectl(&apply, &account.to_string()).unwrap();
     }
     for (about, values) in MATRIX {
         for object in render(&person, values) {
@@ -209,15 +213,6 @@ async fn a_real_api_server_takes_every_object_strictly() {
         }
     }
 }
-
-/// Foreign kinds in manifests/: the tools that read them are not here.
-const TOOLS: [&str; 5] = [
-    "HelmChart",
-    "GitRepository",
-    "HelmRelease",
-    "Application",
-    "Kustomization",
-];
 
 fn manifests() -> std::path::PathBuf {
     chart().join("../../manifests")
@@ -308,11 +303,48 @@ async fn every_overlay_installs_and_the_second_time_changes_nothing() {
             assert_eq!(before, versions(&person), "{example}: {again}");
         }
     }
-    // What other tools read is sound YAML of the kinds that they know.
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn flux_argo_cd_and_k3s_take_what_is_written_for_them() {
+    if is_named() {
+        println!("skipped: the kinds of these tools may be in use on a named cluster");
+        return;
+    }
+    let server = ApiServer::start(Storage::Kine).await.unwrap();
+    let kinds: Vec<CustomResourceDefinition> =
+        std::fs::read_dir(part("tools/modules.json").unwrap().with_file_name(""))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "yaml"))
+            .map(|path| serde_yaml::from_str(&std::fs::read_to_string(path).unwrap()).unwrap())
+            .collect();
+    install(&server.client().await.unwrap(), &kinds).await.unwrap();
+    let person = Person::new(Some(server.kubeconfig()));
+    for namespace in ["flux-system", "argocd"] {
+        person.kubectl(&["create", "namespace", namespace], "").unwrap();
+    }
+    let strictly = ["apply", "--server-side", "--validate=strict", "-f"];
+    let mut taken = std::collections::BTreeSet::new();
     for file in ["k3s/freehold.yaml", "flux/freehold.yaml", "argocd/freehold.yaml"] {
-        for object in objects(&std::fs::read_to_string(manifests().join(file)).unwrap()) {
-            let kind = kind(&object);
-            assert!(TOOLS.contains(&kind) || kind == "Namespace", "{file}: {kind}");
+        let path = manifests().join(file);
+        let mut arguments = strictly.to_vec();
+        arguments.push(path.to_str().unwrap());
+        let said = person.kubectl(&arguments, "");
+        assert!(said.good, "{file}: {}", said.errors);
+        for object in objects(&std::fs::read_to_string(&path).unwrap()) {
+            taken.insert(kind(&object).to_owned());
         }
+    }
+    taken.remove("Namespace");
+    assert_eq!(taken.len(), kinds.len(), "each kind is used: {taken:?}");
+    // That the schemas refuse is no matter of course: a field that is none, and one of another type.
+    for wrong in ["spec: {chart: 5}", "spec: {charts: a}"] {
+        let object = format!(
+            "apiVersion: helm.cattle.io/v1\nkind: HelmChart\nmetadata: {{name: w, namespace: argocd}}\n{wrong}\n"
+        );
+        let mut arguments = strictly.to_vec();
+        arguments.push("-");
+        person.kubectl(&arguments, &object).unwrap_err();
     }
 }

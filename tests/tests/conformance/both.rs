@@ -1,14 +1,13 @@
 //! The two servers.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use freehold_control_plane::{ControlPlane, Options, Server};
 use freehold_tests::api_server::{ApiServer, Storage, install};
 use freehold_tests::exchange::{Answer, Request, send};
+use freehold_tests::named::namespace_prefix;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config};
+use kube::Client;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -17,10 +16,7 @@ pub struct Both {
     pub real: Client,
     pub embedded: Client,
     pub control_plane: ControlPlane,
-    pub real_kubeconfig: PathBuf,
-    /// In front of every namespace, so that a cluster that is used for more keeps its own.
-    pub prefix: String,
-    _server: Option<ApiServer>,
+    pub server: ApiServer,
 }
 
 /// The kinds of this project, and the Gadget, which has a little of everything.
@@ -48,30 +44,14 @@ impl Both {
             crds: crds(),
         })
         .unwrap();
-        let named = std::env::var_os("FREEHOLD_TEST_KUBECONFIG").map(PathBuf::from);
-        let (real, real_kubeconfig, server) = match named {
-            Some(path) => {
-                let kubeconfig = Kubeconfig::read_from(&path).unwrap();
-                let options = KubeConfigOptions::default();
-                let config = Config::from_custom_kubeconfig(kubeconfig, &options)
-                    .await
-                    .unwrap();
-                (Client::try_from(config).unwrap(), path, None)
-            }
-            None => {
-                let server = ApiServer::start(storage).await.unwrap();
-                let client = server.client().await.unwrap();
-                (client, server.kubeconfig().to_owned(), Some(server))
-            }
-        };
+        let server = ApiServer::start(storage).await.unwrap();
+        let real = server.client().await.unwrap();
         install(&real, &crds()).await.unwrap();
         Self {
             embedded: control_plane.client(),
             control_plane,
             real,
-            real_kubeconfig,
-            prefix: format!("c{}", std::process::id()),
-            _server: server,
+            server,
         }
     }
 
@@ -83,7 +63,7 @@ impl Both {
 
     /// A namespace that nobody else uses.
     pub async fn namespace(&self, name: &str) -> String {
-        let name = format!("{}-{name}", self.prefix);
+        let name = format!("{}{name}", namespace_prefix());
         let body = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         let request = Request::new("POST", "/api/v1/namespaces").with_body("application/json", &body);
         let (real, embedded) = self.ask(&request, &request).await;

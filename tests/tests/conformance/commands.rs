@@ -124,7 +124,7 @@ async fn kubectl_and_helm_see_no_difference() {
     let (server, folder) = both.serve_embedded().await;
     let chart = folder.path().join("chart");
     write_chart(&chart);
-    let kubeconfigs = [both.real_kubeconfig.as_path(), server.kubeconfig()];
+    let kubeconfigs = [both.server.kubeconfig(), server.kubeconfig()];
     let mut differences = Vec::new();
     let suites = [(kubectl().unwrap(), KUBECTL), (part("helm").unwrap(), HELM)];
     for (program, suite) in suites {

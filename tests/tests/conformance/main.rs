@@ -5,7 +5,7 @@
 //! and shrinks those that differ, `commands.rs` lets kubectl and helm do the asking. What differs and stays so
 //! names a heading of `docs/conformance.md`; a difference that is gone must go from there too.
 //!
-//! `FREEHOLD_TEST_KUBECONFIG` puts another cluster in the place of the one that is started here.
+//! `FREEHOLD_TEST_KUBECONFIG` (see `tests/on-cluster`) puts another cluster in the place of the one that is started here.
 
 #![allow(
     clippy::unwrap_used,

@@ -99,12 +99,15 @@ async fn embed(
 }
 
 async fn readyz(State(gateway): State<Gateway>) -> Response {
-    if gateway.snapshot().applied {
-        "ok\n".into_response()
+    let snapshot = gateway.snapshot();
+    let waiting = if !snapshot.applied {
+        "waiting for the agent to say what this machine serves\n"
+    } else if snapshot.state.coming_back {
+        "loading the models that this machine has\n"
     } else {
-        let waiting = "waiting for the agent to say what this machine serves\n";
-        (StatusCode::SERVICE_UNAVAILABLE, waiting).into_response()
-    }
+        return "ok\n".into_response();
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, waiting).into_response()
 }
 
 async fn metrics(State(gateway): State<Gateway>) -> Response {

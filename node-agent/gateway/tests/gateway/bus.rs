@@ -333,6 +333,7 @@ pub fn state(worker: &FakeWorker) -> BusState {
         routes: vec![route("chat", vec![backend(NODE, ASSIGNMENT, None)])],
         policies: Vec::new(),
         workers: BTreeMap::from([(ASSIGNMENT.to_owned(), ready(worker))]),
+        coming_back: false,
     }
 }
 

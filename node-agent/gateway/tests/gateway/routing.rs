@@ -38,6 +38,15 @@ async fn before_the_first_state_the_gateway_says_what_it_waits_for() {
     assert_eq!(bus.get("/readyz").await.status, 200);
     let error = bus.post(PATH, &chat()).await.error(404);
     assert!(error.message.contains("none is served here yet"), "{error:?}");
+    // What it held is being loaded: no traffic is sent here yet, and who comes all the same is served.
+    bus.gateway.apply(BusState {
+        coming_back: true,
+        ..BusState::default()
+    });
+    let readyz = bus.get("/readyz").await;
+    assert_eq!(readyz.status, 503);
+    assert!(readyz.text().contains("loading the models"));
+    bus.post(PATH, &chat()).await.error(404);
 }
 
 #[tokio::test]
@@ -304,6 +313,7 @@ async fn the_other_machine_sees_the_key_and_the_request_id_and_answers_for_itsel
         routes: vec![route("chat", vec![backend("far", ASSIGNMENT, None)])],
         policies: vec![access(&[("ann", "key-of-ann", &[])])],
         workers: state(&worker).workers,
+        ..BusState::default()
     });
     let error = near.post(PATH, &chat()).await.error(401);
     assert_eq!(error.code.as_deref(), Some("invalid_api_key"));
