@@ -90,7 +90,7 @@ perplexity *ARGS:
 e2e:
     tests/e2e
 
-# The same in two minutes
+# The same in three minutes
 e2e-short:
     tests/e2e short
 
