@@ -26,3 +26,39 @@ pub(crate) fn map(path: &Path) -> Result<Mmap, InvalidModel> {
     // ends this worker process and nothing else.
     unsafe { Mmap::map(&file) }.map_err(open)
 }
+
+/// Lets go of the memory behind a part of a mapping. Bytes of something else are left alone.
+#[allow(unsafe_code)]
+pub(crate) fn forget(map: &Mmap, part: &[u8]) {
+    let Some(offset) = (part.as_ptr() as usize).checked_sub(map.as_ptr() as usize) else {
+        return;
+    };
+    if part.is_empty() || offset + part.len() > map.len() {
+        return;
+    }
+    // SAFETY: the mapping is of a file, for reading only: a page that is let go is filled with the same bytes of
+    // the file when it is touched again. A system that does not know this advice keeps the pages, which is no harm.
+    #[cfg(unix)]
+    let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, part.len()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_let_go_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let bytes: Vec<u8> = (0..1 << 20).map(|i| (i / 7) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let map = map(&path).unwrap();
+        for range in [0..bytes.len(), 5000..700_000, 3..4, 9..9] {
+            forget(&map, &map[range]);
+            assert_eq!(&map[..], &bytes[..]);
+        }
+        let other = vec![1_u8; 8192];
+        forget(&map, &other);
+        assert!(other.iter().all(|&byte| byte == 1));
+    }
+}

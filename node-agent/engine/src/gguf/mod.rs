@@ -128,6 +128,11 @@ impl GgufFile {
             .ok_or_else(|| InvalidModel::missing(format!("tensor {name}")))
     }
 
+    /// Lets go of the memory behind some bytes of the file: what is looked at again is read again.
+    pub fn forget(&self, bytes: &[u8]) {
+        crate::mmap::forget(&self.map, bytes);
+    }
+
     /// The directory entry of a tensor that must be there.
     ///
     /// # Errors
@@ -152,7 +157,9 @@ impl GgufFile {
             ));
         }
         let bytes = self.tensor_bytes(name)?;
-        qtensor_from_ggml(info.dtype, bytes, info.shape.clone(), device).map_err(|error| {
+        let tensor = qtensor_from_ggml(info.dtype, bytes, info.shape.clone(), device);
+        self.forget(bytes);
+        tensor.map_err(|error| {
             InvalidModel::unsupported(format!("tensor {name}"), error, "the number formats of ggml")
         })
     }

@@ -78,7 +78,16 @@ fn rounded(x: &[f32]) -> Vec<f32> {
 
 fn pack(compute: &Compute, dtype: GgmlDType, bytes: &[u8], shape: [usize; 2]) -> Matrix {
     let memory = Memory::default();
-    Matrix::pack(compute, &memory, dtype, bytes, shape, WeightPrecision::Native).unwrap()
+    Matrix::pack(
+        compute,
+        &memory,
+        dtype,
+        bytes,
+        shape,
+        WeightPrecision::Native,
+        |_| (),
+    )
+    .unwrap()
 }
 
 fn product(compute: &Compute, matrix: &Matrix, x: &[f32], out: &mut [f32], combine: Combine) {
@@ -119,6 +128,7 @@ fn rows_of_every_format_are_read_as_candle_reads_them() {
                 &bytes,
                 [rows, columns],
                 precision,
+                |_| (),
             )
             .unwrap()
         };

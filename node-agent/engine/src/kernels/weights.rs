@@ -16,6 +16,10 @@ use super::rows::BLOCK;
 use super::simd::LANES;
 use super::unpack::{Unpacked, unpack};
 
+/// Bytes of a file that are repacked before its pages are let go: between them, the file takes no more room
+/// beside what was made of it.
+const PACKED_AT_ONCE: usize = 8 << 20;
+
 /// How a matrix lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
@@ -213,7 +217,8 @@ fn offset_of(dtype: GgmlDType) -> f32 {
 }
 
 impl Matrix {
-    /// Repacks a tensor of a file, into the next piece of `memory`.
+    /// Repacks a tensor of a file, into the next piece of `memory`. `read` is told each part of `bytes` that is not
+    /// looked at again.
     ///
     /// # Errors
     /// When there is no memory for it.
@@ -227,6 +232,7 @@ impl Matrix {
         bytes: &[u8],
         shape: [usize; 2],
         precision: WeightPrecision,
+        read: impl Fn(&[u8]),
     ) -> std::io::Result<Self> {
         let [rows, columns] = shape;
         assert!(columns % dtype.block_size() == 0);
@@ -237,15 +243,22 @@ impl Matrix {
         let tiles = rows.div_ceil(LANES);
         let mut data = memory.take(tiles * tile_bytes)?;
         let to = SharedMut::new(&mut data);
-        compute.pool.run(tiles, 1, &|tile| {
-            // SAFETY: tiles are disjoint, each number is handed out once, and the mapping has room for all.
-            let tile_data = unsafe { to.slice(tile * tile_bytes..(tile + 1) * tile_bytes) };
-            let end = rows.min((tile + 1) * LANES);
-            for (lane, row) in (tile * LANES..end).enumerate() {
-                let row = &bytes[row * row_bytes..(row + 1) * row_bytes];
-                pack_row(format, dtype, row, columns, lane, tile_data);
-            }
-        });
+        let at_once = (PACKED_AT_ONCE / (LANES * row_bytes).max(1)).max(1);
+        for first in (0..tiles).step_by(at_once) {
+            let count = at_once.min(tiles - first);
+            compute.pool.run(count, 1, &|tile| {
+                let tile = first + tile;
+                // SAFETY: tiles are disjoint, each number is handed out once, and the mapping has room for all.
+                let tile_data = unsafe { to.slice(tile * tile_bytes..(tile + 1) * tile_bytes) };
+                let end = rows.min((tile + 1) * LANES);
+                for (lane, row) in (tile * LANES..end).enumerate() {
+                    let row = &bytes[row * row_bytes..(row + 1) * row_bytes];
+                    pack_row(format, dtype, row, columns, lane, tile_data);
+                }
+            });
+            let rows = (first * LANES)..rows.min((first + count) * LANES);
+            read(&bytes[rows.start * row_bytes..rows.end * row_bytes]);
+        }
         Ok(Self {
             rows,
             columns,

@@ -119,6 +119,7 @@ impl Weights<'_> {
             tensor.data(),
             shape,
             WeightPrecision::Native,
+            |_| (),
         );
         Ok(Dense {
             weight: weight.map_err(LoadModel::Allocate)?,

@@ -50,6 +50,7 @@ impl Source<'_> {
             bytes,
             shape,
             self.precision,
+            |read| self.file.forget(read),
         )
         .map_err(LoadModel::Allocate)
     }
