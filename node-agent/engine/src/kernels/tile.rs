@@ -7,9 +7,6 @@ use super::rows::{BLOCK, Group, GroupView, SUMS};
 use super::simd::{LANES, Simd};
 use super::weights::{Format, Layout, Matrix, SIX_BIT_WORDS, six_bits_at, with_layout};
 
-/// How far ahead weights are asked for: some hundred nanoseconds of reading.
-const PREFETCH_BYTES: usize = 4096;
-
 /// Writes the products of all rows of a piece.
 #[inline(always)]
 pub(super) fn multiply<S: Simd>(
@@ -33,7 +30,7 @@ pub(super) fn multiply<S: Simd>(
             assert!(data.len() >= blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES);
             // SAFETY: the tile has as many blocks as the rows, by the assertion; `view` cut its slices to
             // the group; `out` has room for the group's rows.
-            unsafe { quantized_group::<S, L>(simd, data, view, out) }
+            unsafe { quantized_group::<S, L>(simd, data, matrix.ahead(), view, out) }
         }, _ => {
             let columns = matrix.columns();
             let x = &rows.floats[group.first_row * columns..(group.first_row + group.rows) * columns];
@@ -55,17 +52,23 @@ pub(super) fn multiply<S: Simd>(
 /// # Safety
 /// The tile has the group's blocks; `out` has room for 16 numbers a row.
 #[inline(always)]
-unsafe fn quantized_group<S: Simd, L: Layout>(simd: S, tile: &[u8], view: GroupView<'_>, out: *mut f32) {
+unsafe fn quantized_group<S: Simd, L: Layout>(
+    simd: S,
+    tile: &[u8],
+    ahead: usize,
+    view: GroupView<'_>,
+    out: *mut f32,
+) {
     // SAFETY: the caller's promise; the rows of the calls add up to the group's.
     unsafe {
         match (view.group.rows, S::ROWS) {
-            (1, _) => rows_of_group::<S, L, 1, 1>(simd, tile, view, out),
-            (2, _) => rows_of_group::<S, L, 2, 2>(simd, tile, view, out),
-            (4, 2) => rows_of_group::<S, L, 2, 4>(simd, tile, view, out),
-            (4, _) => rows_of_group::<S, L, 4, 4>(simd, tile, view, out),
-            (_, 2) => rows_of_group::<S, L, 2, 8>(simd, tile, view, out),
-            (_, 4) => rows_of_group::<S, L, 4, 8>(simd, tile, view, out),
-            _ => rows_of_group::<S, L, 8, 8>(simd, tile, view, out),
+            (1, _) => rows_of_group::<S, L, 1, 1>(simd, tile, ahead, view, out),
+            (2, _) => rows_of_group::<S, L, 2, 2>(simd, tile, ahead, view, out),
+            (4, 2) => rows_of_group::<S, L, 2, 4>(simd, tile, ahead, view, out),
+            (4, _) => rows_of_group::<S, L, 4, 4>(simd, tile, ahead, view, out),
+            (_, 2) => rows_of_group::<S, L, 2, 8>(simd, tile, ahead, view, out),
+            (_, 4) => rows_of_group::<S, L, 4, 8>(simd, tile, ahead, view, out),
+            _ => rows_of_group::<S, L, 8, 8>(simd, tile, ahead, view, out),
         }
     }
 }
@@ -78,6 +81,7 @@ unsafe fn quantized_group<S: Simd, L: Layout>(simd: S, tile: &[u8], view: GroupV
 unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
     simd: S,
     tile: &[u8],
+    ahead: usize,
     view: GroupView<'_>,
     out: *mut f32,
 ) {
@@ -88,6 +92,7 @@ unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
             let sums = blocks_times_rows::<S, L, M, G>(
                 simd,
                 tile.as_ptr(),
+                ahead,
                 blocks,
                 view.values.as_ptr().cast::<i32>().add(first),
                 view.scales.as_ptr().add(first),
@@ -107,12 +112,13 @@ unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
 /// the activations' sums.
 ///
 /// # Safety
-/// `tile` holds `blocks` blocks of the layout; `values`, `scales` and `sums` point at the first of `M` rows
+/// `tile` holds `blocks` blocks of the layout (a lone row asks for what lies `ahead` bytes further); `values`, `scales` and `sums` point at the first of `M` rows
 /// in a group of `G` with as many blocks.
 #[inline(always)]
 unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
     simd: S,
     tile: *const u8,
+    ahead: usize,
     blocks: usize,
     mut values: *const i32,
     mut scales: *const f32,
@@ -131,7 +137,7 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
                     // One row is done as fast as memory delivers: ask early, across the ends of pages and
                     // tiles.
                     for line in 0..L::NUMBER_BYTES / 64 {
-                        simd.prefetch(numbers.wrapping_add(PREFETCH_BYTES + line * 64));
+                        simd.prefetch(numbers.wrapping_add(ahead + line * 64));
                     }
                 }
                 let quads_of_half = 8 / L::HALVES;
