@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", CACHE / "target"))
 FREEHOLD = Path(os.environ.get("FREEHOLD_BIN", TARGET / "release" / "freehold"))
 PAGE = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
+# What an instruction set gave stands between its own markers: ratios are another matter on each.
+BEGIN, END = "<!-- peers:begin {kind} -->", "<!-- peers:end {kind} -->"
+INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx2")
 RAW = CACHE / "peers" / "latest.json"
 
 PREFILL, DECODE, SHORT_PROMPT, SEQUENCES = 512, 128, 16, (8, 16)
@@ -298,11 +300,20 @@ def bandwidth_lines(results):
             + ", ".join(shares) + "."]
 
 
+def flags():
+    text = Path("/proc/cpuinfo").read_text()
+    return next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+
+
+def instructions():
+    """The best that both engines have kernels for on this machine."""
+    return next((kind for kind in INSTRUCTIONS if kind in flags()), platform.machine())
+
+
 def machine():
     text = Path("/proc/cpuinfo").read_text()
     cpu = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor())
-    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
-    kinds = [kind for kind in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8") if kind in flags]
+    kinds = [kind for kind in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8") if kind in flags()]
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     return f"{cpu} ({', '.join(kinds)}), {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
 
@@ -330,10 +341,13 @@ def page(results, spoken, rounds, threads):
 
 
 def write(text):
+    begin, end = (marker.format(kind=instructions()) for marker in (BEGIN, END))
     whole = PAGE.read_text()
-    before, rest = whole.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    if begin not in whole:
+        sys.exit(f"{PAGE.relative_to(ROOT)} has no place for a machine with {instructions()}: put the lines {begin} and {end} there")
+    before, rest = whole.split(begin, 1)
+    _, after = rest.split(end, 1)
+    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}")
     tell(f"wrote {PAGE.relative_to(ROOT)}")
 
 

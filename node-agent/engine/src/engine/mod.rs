@@ -15,14 +15,14 @@ use serde_json::Value;
 
 use crate::constrain::Grammars;
 use crate::device::{self, Beginning};
-use crate::gguf::GgufFile;
+use crate::gguf::{GgufFile, Value as GgufValue};
 use crate::inspect::{ModelFacts, ModelKind, gguf_facts};
 use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kv::blocks_for;
 use crate::model::{DecoderConfig, Encoder, EncoderConfig};
 use crate::scheduler::{Job, Scheduler};
 use crate::template::ChatTemplate;
-use crate::tokenizer::{Special, Tokenizer};
+use crate::tokenizer::{BOS, Special, Tokenizer};
 use crate::{InvalidModel, LoadModel, Reject};
 pub(crate) use counters::{Counters, StepCount};
 use types::DEFAULT_CONTEXT;
@@ -94,17 +94,8 @@ impl Engine {
     ) -> Result<Self, LoadModel> {
         let file = GgufFile::open(path)?;
         let facts = gguf_facts(&file)?;
-        let tokenizer = Arc::new(Tokenizer::from_gguf(&file)?);
-        let template = ChatTemplate::from_gguf(&file, tokenizer.bos_text(), tokenizer.eos_text())?;
         let mut config = DecoderConfig::from_gguf(&file)?;
-        if tokenizer.vocab_size() > config.vocab_size {
-            return Err(InvalidModel::inconsistent(
-                "the tokenizer's vocabulary",
-                format!("{} tokens", tokenizer.vocab_size()),
-                format!("at most the {} rows of token_embd.weight", config.vocab_size),
-            )
-            .into());
-        }
+        let rows = config.vocab_size;
         let context_length = context_length(options, facts.context_length)?;
         config.serve_context(context_length);
         let sequences = options.max_sequences.max(1) as usize;
@@ -118,10 +109,23 @@ impl Engine {
             config,
             options,
             blocks: (capacity, keep),
-            token: tokenizer.bos().unwrap_or(0),
+            token: file.optional(BOS, GgufValue::to_u32)?.unwrap_or(0),
             compute: None,
         };
-        let begun = device::begin(&beginning, progress)?;
+        // Words are read while weights are repacked.
+        let (words, begun) = std::thread::scope(|scope| {
+            let words = std::thread::Builder::new()
+                .name("vocabulary".to_owned())
+                .spawn_scoped(scope, || words(&file, rows))
+                .map_err(LoadModel::StartThread)?;
+            let begun = device::begin(&beginning, progress);
+            let words = words
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            Ok::<_, LoadModel>((words, begun))
+        })?;
+        let ((tokenizer, template), begun) = (words?, begun?);
+        let tokenizer = Arc::new(tokenizer);
         // Everything is copied out: the file's pages leave this process's memory.
         drop(file);
         let draft = draft::load(options, &tokenizer, begun.runner.compute(), capacity)?;
@@ -486,6 +490,21 @@ fn cannot_generate() -> Reject {
         asked: "write text",
         able: "embed: use /v1/embeddings",
     }
+}
+
+/// What turns texts into tokens and conversations into texts, for a model that knows `rows` tokens.
+fn words(file: &GgufFile, rows: usize) -> Result<(Tokenizer, Option<ChatTemplate>), LoadModel> {
+    let tokenizer = Tokenizer::from_gguf(file)?;
+    if tokenizer.vocab_size() > rows {
+        return Err(InvalidModel::inconsistent(
+            "the tokenizer's vocabulary",
+            format!("{} tokens", tokenizer.vocab_size()),
+            format!("at most the {rows} rows of token_embd.weight"),
+        )
+        .into());
+    }
+    let template = ChatTemplate::from_gguf(file, tokenizer.bos_text(), tokenizer.eos_text())?;
+    Ok((tokenizer, template))
 }
 
 fn context_length(options: &EngineOptions, own: u32) -> Result<usize, LoadModel> {

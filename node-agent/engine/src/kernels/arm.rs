@@ -12,8 +12,8 @@ use std::arch::aarch64::{
     vcombine_u8, vcreate_u8, vcvtnq_s32_f32, vcvtq_f32_s32, vdivq_f32, vdup_n_u8, vdupq_n_f32, vdupq_n_s8,
     vdupq_n_s32, vdupq_n_u8, veorq_u8, vfmaq_f32, vget_high_f32, vget_high_s8, vget_high_s16, vget_lane_f32,
     vget_low_f32, vget_low_s8, vget_low_s16, vld1_s8, vld1_u16, vld1q_f32, vld1q_s32, vld1q_u8, vmaxnmq_f32,
-    vmaxnmvq_f32, vmovl_s8, vmovl_s16, vmovl_u16, vmull_s8, vmulq_f32, vorrq_s32, vpaddlq_s8, vpaddlq_s16,
-    vpaddq_s32, vqmovn_s16, vqmovn_s32, vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s8_s32,
+    vmaxnmvq_f32, vmovl_s8, vmovl_s16, vmovl_u16, vmull_s8, vmulq_f32, vorrq_s32, vpaddlq_s16, vpaddq_s32,
+    vqmovn_s16, vqmovn_s32, vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s8_s32,
     vreinterpretq_s8_u8, vreinterpretq_s32_u32, vreinterpretq_u32_s32, vshlq_n_s32, vshlq_n_u32, vshlq_u8,
     vshlq_u32, vshrq_n_u8, vst1q_f32, vst1q_s8, vsubq_f32, vtstq_u8,
 };
@@ -137,8 +137,11 @@ impl<const HAS: u8> Simd for Neon<HAS> {
     type F = [float32x4_t; 4];
     type I = [int32x4_t; 4];
     type B = [uint8x16_t; 4];
+    type P = [int32x4_t; 4];
     // Thirty-two registers: four rows take sixteen sums of integers, beside weights and activations.
     const ROWS: usize = 4;
+    const SUMS: usize = 16;
+    const UNSIGNED: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -281,7 +284,19 @@ impl<const HAS: u8> Simd for Neon<HAS> {
         }
     }
     #[inline(always)]
-    fn dot(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
+    fn no_products(self) -> Self::P {
+        self.splat_i32(0)
+    }
+    #[inline(always)]
+    fn products_at_once(_: usize) -> usize {
+        8
+    }
+    #[inline(always)]
+    fn settle(self, sum: Self::I, products: Self::P) -> Self::I {
+        self.add_i32(sum, products)
+    }
+    #[inline(always)]
+    fn dot(self, sum: Self::P, weights: Self::B, x: Self::I) -> Self::P {
         quarters!(|i| {
             let x = vreinterpretq_s8_s32(x[i]);
             // Bytes of at most 63 are the same with a sign.
@@ -294,21 +309,13 @@ impl<const HAS: u8> Simd for Neon<HAS> {
         })
     }
     #[inline(always)]
-    fn dot_wide(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
+    fn dot_bytes(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
         quarters!(|i| {
             let x = vreinterpretq_s8_s32(x[i]);
-            // w = signed + 128: the products with the signed bytes, and 128 times the sum of the others.
             let signed = vreinterpretq_s8_u8(veorq_u8(weights[i], vdupq_n_u8(128)));
             match HAS {
-                PLAIN => {
-                    let total = vpaddlq_s16(vpaddlq_s8(x));
-                    dot_by_words(vaddq_s32(sum[i], vshlq_n_s32::<7>(total)), signed, x)
-                }
-                DOT => {
-                    let total = sdot(vdupq_n_s32(0), vdupq_n_s8(1), x);
-                    sdot(vaddq_s32(sum[i], vshlq_n_s32::<7>(total)), signed, x)
-                }
-                _ => usdot(sum[i], weights[i], x),
+                PLAIN => dot_by_words(sum[i], signed, x),
+                _ => sdot(sum[i], signed, x),
             }
         })
     }

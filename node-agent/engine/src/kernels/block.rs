@@ -154,7 +154,7 @@ impl Block<'_> {
         let mut start = 0;
         while start < padded {
             // Several vectors at once, so that additions do not wait for each other.
-            if padded - start >= 4 * LANES && N * 4 <= 4 * S::ROWS {
+            if padded - start >= 4 * LANES && N * 4 <= S::SUMS {
                 self.sum_values::<S, N, 4>(simd, &weights, seen, start, partials);
                 start += 4 * LANES;
             } else {

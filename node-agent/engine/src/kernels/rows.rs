@@ -29,6 +29,9 @@ pub(crate) struct QuantizedRows {
     scales: Vec<f32>,
     /// Scale times sum of values. Shape of a group: `[columns / 32, 3, rows]`.
     sums: Vec<f32>,
+    /// What bytes, which lie 128 too large in memory, have too much: -128 times the sum of values. Shape of a
+    /// group: `[columns / 32, rows]`.
+    excess: Vec<i32>,
 }
 
 /// Rows that lie interleaved.
@@ -45,6 +48,7 @@ pub(super) struct GroupView<'a> {
     pub(super) values: &'a [[i8; 4]],
     pub(super) scales: &'a [f32],
     pub(super) sums: &'a [f32],
+    pub(super) excess: &'a [i32],
 }
 
 /// Groups for so many rows.
@@ -76,6 +80,7 @@ impl QuantizedRows {
             values: &self.values[range(self.columns / 4)],
             scales: &self.scales[range(self.columns / BLOCK)],
             sums: &self.sums[range(self.columns / BLOCK * SUMS)],
+            excess: &self.excess[range(self.columns / BLOCK)],
         }
     }
 
@@ -93,10 +98,12 @@ impl QuantizedRows {
         self.values.resize(rows * columns / 4, [0; 4]);
         self.scales.resize(rows * columns / BLOCK, 0.0);
         self.sums.resize(rows * columns / BLOCK * SUMS, 0.0);
-        let (values, scales, sums) = (
+        self.excess.resize(rows * columns / BLOCK, 0);
+        let (values, scales, sums, excess) = (
             SharedMut::new(&mut self.values),
             SharedMut::new(&mut self.scales),
             SharedMut::new(&mut self.sums),
+            SharedMut::new(&mut self.excess),
         );
         let groups = &self.groups;
         let one = |index: usize| {
@@ -105,11 +112,12 @@ impl QuantizedRows {
                 group.first_row * width..(group.first_row + group.rows) * width
             };
             // SAFETY: groups are disjoint, each is written by one thread, and the buffers were sized above.
-            let (values, scales, sums) = unsafe {
+            let (values, scales, sums, excess) = unsafe {
                 (
                     values.slice(range(columns / 4)),
                     scales.slice(range(columns / BLOCK)),
                     sums.slice(range(columns / BLOCK * SUMS)),
+                    excess.slice(range(columns / BLOCK)),
                 )
             };
             for row in 0..group.rows {
@@ -121,6 +129,7 @@ impl QuantizedRows {
                     values,
                     scales,
                     sums,
+                    excess,
                 });
             }
         };
@@ -138,6 +147,7 @@ struct Quantize<'a> {
     values: &'a mut [[i8; 4]],
     scales: &'a mut [f32],
     sums: &'a mut [f32],
+    excess: &'a mut [i32],
 }
 
 impl Operation for Quantize<'_> {
@@ -172,6 +182,7 @@ impl Operation for Quantize<'_> {
             }
             let (first, second) = (simd.reduce_add_i32(a), simd.reduce_add_i32(b));
             self.scales[block * self.rows + self.row] = scale;
+            self.excess[block * self.rows + self.row] = -128 * (first + second);
             for (index, sum) in [first, second, first + second].into_iter().enumerate() {
                 self.sums[(block * SUMS + index) * self.rows + self.row] = scale * sum as f32;
             }

@@ -18,8 +18,14 @@ pub(crate) trait Simd: Copy {
     type I: Copy;
     /// Sixty-four bytes, four for each lane.
     type B: Copy;
+    /// Sums of the products of a few bytes, which may be narrower than [`Simd::I`].
+    type P: Copy;
     /// Rows of activations that a product holds in registers at once.
     const ROWS: usize;
+    /// Vectors of sums of floats that registers hold at once, beside what is added to them.
+    const SUMS: usize;
+    /// Whether [`Simd::dot_bytes`] multiplies bytes as they are; otherwise 128 is taken off each.
+    const UNSIGNED: bool;
 
     fn splat(self, x: f32) -> Self::F;
     /// Reads 16 floats.
@@ -65,10 +71,18 @@ pub(crate) trait Simd: Copy {
     fn reduce_add_i32(self, a: Self::I) -> i32;
     /// Writes the lanes as 16 bytes; they must be from -128 to 127.
     unsafe fn store_i8(self, to: *mut i8, x: Self::I);
-    /// Adds to each lane the four products of its unsigned bytes (at most 63) with the signed bytes of `x`.
-    fn dot(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I;
-    /// As [`Simd::dot`], for bytes up to 255.
-    fn dot_wide(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I;
+    /// No products yet.
+    fn no_products(self) -> Self::P;
+    /// How often products with weights of so many bits, at most 6, may be added before they are settled: a
+    /// power of two, at most 8.
+    fn products_at_once(bits: usize) -> usize;
+    /// Adds to each lane the four products of its unsigned bytes (at most 63) with the signed bytes of `x`
+    /// (from -127 on).
+    fn dot(self, sum: Self::P, weights: Self::B, x: Self::I) -> Self::P;
+    /// Adds products to wide sums.
+    fn settle(self, sum: Self::I, products: Self::P) -> Self::I;
+    /// As [`Simd::dot`], for bytes up to 255; see [`Simd::UNSIGNED`].
+    fn dot_bytes(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I;
 
     /// Asks for the line at `from`, which may lie anywhere, to come as far as the second-level cache.
     fn prefetch(self, from: *const u8);
@@ -114,7 +128,10 @@ impl Simd for Portable {
     type F = [f32; LANES];
     type I = [i32; LANES];
     type B = [u8; 64];
+    type P = [i32; LANES];
     const ROWS: usize = 4;
+    const SUMS: usize = 16;
+    const UNSIGNED: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -252,7 +269,19 @@ impl Simd for Portable {
         unsafe { to.cast::<[i8; LANES]>().write_unaligned(bytes) }
     }
     #[inline(always)]
-    fn dot(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
+    fn no_products(self) -> Self::P {
+        [0; LANES]
+    }
+    #[inline(always)]
+    fn products_at_once(_: usize) -> usize {
+        8
+    }
+    #[inline(always)]
+    fn settle(self, sum: Self::I, products: Self::P) -> Self::I {
+        self.add_i32(sum, products)
+    }
+    #[inline(always)]
+    fn dot(self, sum: Self::P, weights: Self::B, x: Self::I) -> Self::P {
         lanes!(|i| {
             let x = x[i].to_le_bytes();
             let mut total = sum[i];
@@ -263,7 +292,7 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
-    fn dot_wide(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
+    fn dot_bytes(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
         self.dot(sum, weights, x)
     }
     #[inline(always)]

@@ -1,6 +1,7 @@
 //! The innermost loops: one tile of weights times some rows.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::product::{Products, Rows};
 use super::rows::{BLOCK, Group, GroupView, SUMS};
@@ -20,6 +21,8 @@ pub(super) fn multiply<S: Simd>(
     let data = matrix.tile(tile);
     let mut done = 0;
     for &group in piece {
+        // The first rows bring the tile near; the others find it there.
+        let ahead = if done == 0 { matrix.ahead() } else { 0 };
         // The last row's place is looked up first: there is room for the whole group.
         let _ = products.row(done + group.rows - 1);
         let out = products.row(done);
@@ -30,7 +33,7 @@ pub(super) fn multiply<S: Simd>(
             assert!(data.len() >= blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES);
             // SAFETY: the tile has as many blocks as the rows, by the assertion; `view` cut its slices to
             // the group; `out` has room for the group's rows.
-            unsafe { quantized_group::<S, L>(simd, data, matrix.ahead(), view, out) }
+            unsafe { quantized_group::<S, L>(simd, data, ahead, view, out) }
         }, _ => {
             let columns = matrix.columns();
             let x = &rows.floats[group.first_row * columns..(group.first_row + group.rows) * columns];
@@ -92,11 +95,12 @@ unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
             let sums = blocks_times_rows::<S, L, M, G>(
                 simd,
                 tile.as_ptr(),
-                ahead,
+                if first == 0 { ahead } else { 0 },
                 blocks,
                 view.values.as_ptr().cast::<i32>().add(first),
                 view.scales.as_ptr().add(first),
                 view.sums.as_ptr().add(first),
+                view.excess.as_ptr().add(first),
             );
             for (row, sum) in sums.into_iter().enumerate() {
                 simd.store(out.add((first + row) * LANES), sum);
@@ -112,8 +116,8 @@ unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
 /// the activations' sums.
 ///
 /// # Safety
-/// `tile` holds `blocks` blocks of the layout (a lone row asks for what lies `ahead` bytes further); `values`, `scales` and `sums` point at the first of `M` rows
-/// in a group of `G` with as many blocks.
+/// `tile` holds `blocks` blocks of the layout; `values`, `scales`, `sums` and `excess` point at the first of `M` rows
+/// in a group of `G` with as many blocks. What lies `ahead` bytes further is asked for, if that is not 0, and need not be there.
 #[inline(always)]
 unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
     simd: S,
@@ -123,6 +127,7 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
     mut values: *const i32,
     mut scales: *const f32,
     mut sums: *const f32,
+    mut excess: *const i32,
 ) -> [S::F; M] {
     let mut total = [simd.splat(0.0); M];
     let mut numbers = tile;
@@ -133,8 +138,8 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
             let scales_of_block = Scales::<S, L>::begin(simd, factors);
             factors = factors.add(L::SCALE_BYTES);
             for block in 0..L::SHARED {
-                if M == 1 {
-                    // One row is done as fast as memory delivers: ask early, across the ends of pages and
+                if ahead > 0 {
+                    // A few rows are done as fast as memory delivers: ask early, across the ends of pages and
                     // tiles.
                     for line in 0..L::NUMBER_BYTES / 64 {
                         simd.prefetch(numbers.wrapping_add(ahead + line * 64));
@@ -142,46 +147,117 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
                 }
                 let quads_of_half = 8 / L::HALVES;
                 for half in 0..L::HALVES {
-                    // Two sums each, so that a lone row does not wait for its own last product.
-                    let mut even = [simd.splat_i32(0); M];
-                    let mut odd = [simd.splat_i32(0); M];
-                    for quad in half * quads_of_half..(half + 1) * quads_of_half {
-                        let weights = quad_of_numbers::<S, L>(simd, numbers, quad);
-                        for row in 0..M {
-                            let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
-                            let sum = if M == 1 && quad % 2 == 1 {
-                                &mut odd[row]
-                            } else {
-                                &mut even[row]
-                            };
-                            *sum = if L::BITS == 8 {
-                                simd.dot_wide(*sum, weights, x)
-                            } else {
-                                simd.dot(*sum, weights, x)
-                            };
-                        }
-                    }
+                    let quads = half * quads_of_half..(half + 1) * quads_of_half;
+                    let products = if L::BITS == 8 {
+                        products_of_bytes::<S, M, G>(simd, numbers, values, excess)
+                    } else {
+                        products_of_quads::<S, L, M, G>(simd, numbers, quads, values)
+                    };
                     let (scale, shift) = scales_of_block.of_half(simd, block, half);
                     let which = if L::HALVES == 1 { 2 } else { half };
                     for row in 0..M {
-                        let sum = if M == 1 {
-                            simd.add_i32(even[row], odd[row])
-                        } else {
-                            even[row]
-                        };
                         let scale = simd.mul(scale, simd.splat(*scales.add(row)));
-                        total[row] = simd.fma(simd.to_float(sum), scale, total[row]);
-                        total[row] = simd.fma(shift, simd.splat(*sums.add(which * G + row)), total[row]);
+                        total[row] = simd.fma(simd.to_float(products[row]), scale, total[row]);
+                        if L::BITS != 8 {
+                            let sum = simd.splat(*sums.add(which * G + row));
+                            total[row] = simd.fma(shift, sum, total[row]);
+                        }
                     }
                 }
                 numbers = numbers.add(L::NUMBER_BYTES);
                 values = values.add(BLOCK / 4 * G);
                 scales = scales.add(G);
                 sums = sums.add(SUMS * G);
+                excess = excess.add(G);
             }
         }
     }
     total
+}
+
+/// Products of some quads of a block, summed up exactly.
+///
+/// # Safety
+/// `numbers` points at a block of the layout, whose bits are not 8; `values` at the same block of the first of `M` rows
+/// in a group of `G`; `quads` are below 8, as many as a scale is for.
+#[inline(always)]
+unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize>(
+    simd: S,
+    numbers: *const u8,
+    quads: Range<usize>,
+    values: *const i32,
+) -> [S::I; M] {
+    let mut sums = [simd.splat_i32(0); M];
+    let at_once = S::products_at_once(L::BITS).min(8 / L::HALVES);
+    let mut first = quads.start;
+    while first < quads.end {
+        // Two sums each, so that a lone row does not wait for its own last product.
+        let mut even = [simd.no_products(); M];
+        let mut odd = [simd.no_products(); M];
+        for quad in first..first + at_once {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let weights = quad_of_numbers::<S, L>(simd, numbers, quad);
+                for row in 0..M {
+                    let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
+                    let products = if M == 1 && quad % 2 == 1 {
+                        &mut odd[row]
+                    } else {
+                        &mut even[row]
+                    };
+                    *products = simd.dot(*products, weights, x);
+                }
+            }
+        }
+        for row in 0..M {
+            sums[row] = simd.settle(sums[row], even[row]);
+            if M == 1 {
+                sums[row] = simd.settle(sums[row], odd[row]);
+            }
+        }
+        first += at_once;
+    }
+    sums
+}
+
+/// Products of a block of whole bytes, 128 taken off each, summed up exactly.
+///
+/// # Safety
+/// `numbers` points at a block of bytes; `values` and `excess` at the same block of the first of `M` rows in a group of
+/// `G`.
+#[inline(always)]
+unsafe fn products_of_bytes<S: Simd, const M: usize, const G: usize>(
+    simd: S,
+    numbers: *const u8,
+    values: *const i32,
+    excess: *const i32,
+) -> [S::I; M] {
+    let mut even = [simd.splat_i32(0); M];
+    let mut odd = even;
+    // SAFETY (all below): the caller's promise.
+    if S::UNSIGNED {
+        for row in 0..M {
+            even[row] = simd.splat_i32(unsafe { *excess.add(row) });
+        }
+    }
+    for quad in 0..BLOCK / 4 {
+        unsafe {
+            let weights = simd.load_bytes(numbers.add(quad * 64));
+            for row in 0..M {
+                let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
+                let sum = if M == 1 && quad % 2 == 1 {
+                    &mut odd[row]
+                } else {
+                    &mut even[row]
+                };
+                *sum = simd.dot_bytes(*sum, weights, x);
+            }
+        }
+    }
+    if M == 1 {
+        even[0] = simd.add_i32(even[0], odd[0]);
+    }
+    even
 }
 
 /// The scales of `L::SHARED` blocks of a tile.
@@ -278,9 +354,6 @@ impl<S: Simd, L: Layout> Scales<S, L> {
 unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *const u8, quad: usize) -> S::B {
     // SAFETY: the caller's promise: 64 bytes for as many quads as lie together, then 8 bytes a quad and plane.
     unsafe {
-        if L::BITS == 8 {
-            return simd.load_bytes(numbers.add(quad * 64));
-        }
         let together = 8 / L::BASE;
         let packed = simd.load_bytes(numbers.add(quad / together * 64));
         let mut bytes = match (L::BASE, quad % together) {
@@ -357,9 +430,12 @@ unsafe fn float_group<S: Simd, W: FloatFormat>(
         // SAFETY: the caller's promise; each call takes no more rows than are left.
         unsafe {
             let (x, out) = (x.as_ptr().add(row * columns), out.add(row * LANES));
-            if rows - row >= 4 && S::ROWS >= 4 {
+            if rows - row >= 4 && S::SUMS >= 16 {
                 float_rows::<S, W, 4>(simd, tile.as_ptr(), x, columns, out);
                 row += 4;
+            } else if rows - row >= 2 {
+                float_rows::<S, W, 2>(simd, tile.as_ptr(), x, columns, out);
+                row += 2;
             } else {
                 float_rows::<S, W, 1>(simd, tile.as_ptr(), x, columns, out);
                 row += 1;

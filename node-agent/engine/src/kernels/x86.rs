@@ -9,22 +9,23 @@ use std::arch::x86_64::{
     __m256, __m256i, __m512, __m512i, _MM_HINT_T1, _mm_add_epi32, _mm_add_ps, _mm_add_ss, _mm_cvtsi32_si128,
     _mm_cvtsi128_si32, _mm_cvtss_f32, _mm_loadl_epi64, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
     _mm_movehl_ps, _mm_packs_epi16, _mm_prefetch, _mm_shuffle_epi32, _mm_shuffle_ps, _mm_storeu_si128,
-    _mm256_add_epi8, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_andnot_ps,
-    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmpeq_epi8,
+    _mm256_abs_epi8, _mm256_add_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
+    _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmpeq_epi8,
     _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32,
     _mm256_div_ps, _mm256_dpbusd_avx_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
     _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps,
     _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_packs_epi32, _mm256_permute4x64_epi64,
     _mm256_set_epi64x, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x,
-    _mm256_set1_ps, _mm256_shuffle_epi8, _mm256_sll_epi32, _mm256_slli_epi32, _mm256_srl_epi16,
-    _mm256_srl_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_ps, _mm512_abs_ps, _mm512_add_epi32,
-    _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
-    _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_epi32,
-    _mm512_cvtsepi32_epi8, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_add_epi8, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
-    _mm512_or_si512, _mm512_reduce_add_epi32, _mm512_reduce_max_ps, _mm512_set1_epi8, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_sll_epi32, _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32,
-    _mm512_srli_epi16, _mm512_storeu_ps, _mm512_sub_ps,
+    _mm256_set1_ps, _mm256_shuffle_epi8, _mm256_sign_epi8, _mm256_sll_epi32, _mm256_slli_epi32,
+    _mm256_srl_epi16, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_ps, _mm256_xor_si256,
+    _mm512_abs_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512,
+    _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
+    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_cvtsepi32_epi8, _mm512_div_ps,
+    _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mask_add_epi8, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512,
+    _mm512_reduce_add_epi32, _mm512_reduce_max_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_sll_epi32, _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32, _mm512_srli_epi16,
+    _mm512_storeu_ps, _mm512_sub_ps,
 };
 
 use super::simd::Simd;
@@ -57,7 +58,10 @@ impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     type B = __m512i;
+    type P = __m512i;
     const ROWS: usize = 8;
+    const SUMS: usize = 32;
+    const UNSIGNED: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -182,11 +186,23 @@ impl Simd for Avx512 {
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtsepi32_epi8(x)) }
     }
     #[inline(always)]
+    fn no_products(self) -> __m512i {
+        self.splat_i32(0)
+    }
+    #[inline(always)]
+    fn products_at_once(_: usize) -> usize {
+        8
+    }
+    #[inline(always)]
+    fn settle(self, sum: __m512i, products: __m512i) -> __m512i {
+        self.add_i32(sum, products)
+    }
+    #[inline(always)]
     fn dot(self, sum: __m512i, weights: __m512i, x: __m512i) -> __m512i {
         unsafe { _mm512_dpbusd_epi32(sum, weights, x) }
     }
     #[inline(always)]
-    fn dot_wide(self, sum: __m512i, weights: __m512i, x: __m512i) -> __m512i {
+    fn dot_bytes(self, sum: __m512i, weights: __m512i, x: __m512i) -> __m512i {
         unsafe { _mm512_dpbusd_epi32(sum, weights, x) }
     }
     #[inline(always)]
@@ -250,8 +266,13 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = [__m256; 2];
     type I = [__m256i; 2];
     type B = [__m256i; 2];
-    // Sixteen registers: two rows take four sums of floats and four of integers.
-    const ROWS: usize = 2;
+    // Of 32 bits with VNNI; without it of 16.
+    type P = [__m256i; 2];
+    // Sixteen registers: four rows take eight sums of products, beside weights and activations. Sums of floats
+    // wait in memory for the end of a block.
+    const ROWS: usize = 4;
+    const SUMS: usize = 8;
+    const UNSIGNED: bool = VNNI;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -392,27 +413,44 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn dot(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
-        if VNNI {
-            return halves!(|i| _mm256_dpbusd_avx_epi32(sum[i], weights[i], x[i]));
+    fn no_products(self) -> Self::P {
+        self.splat_i32(0)
+    }
+    #[inline(always)]
+    fn products_at_once(bits: usize) -> usize {
+        // Sums of two products fit 16 bits so often: 8 of 2 * 15 * 127, 4 of 2 * 31 * 127, 2 of 2 * 63 * 127.
+        match bits {
+            5 if !VNNI => 4,
+            6 if !VNNI => 2,
+            _ => 8,
         }
-        // Pairs are added in 16 bits: 2 * 63 * 128 fits.
-        halves!(|i| {
-            let pairs = _mm256_maddubs_epi16(weights[i], x[i]);
-            _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+    #[inline(always)]
+    fn dot(self, sum: Self::P, weights: Self::B, x: Self::I) -> Self::P {
+        halves!(|i| if VNNI {
+            _mm256_dpbusd_avx_epi32(sum[i], weights[i], x[i])
+        } else {
+            _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(weights[i], x[i]))
         })
     }
     #[inline(always)]
-    fn dot_wide(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
+    fn settle(self, sum: Self::I, products: Self::P) -> Self::I {
+        if VNNI {
+            return self.add_i32(sum, products);
+        }
+        halves!(|i| _mm256_add_epi32(sum[i], _mm256_madd_epi16(products[i], _mm256_set1_epi16(1))))
+    }
+    #[inline(always)]
+    fn dot_bytes(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
         if VNNI {
             return self.dot(sum, weights, x);
         }
-        // Pairs of whole bytes would not fit 16 bits, so nibbles are multiplied: w = 16 high + low.
-        let (low, high) = (self.low_nibbles(weights), self.high_nibbles(weights));
+        // Pairs of whole bytes would not fit 16 bits: 128 is taken off, and the sign goes to the activations. What
+        // is left of a pair, 2 * 128 * 127 at most, fits.
         halves!(|i| {
-            let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low[i], x[i]), _mm256_set1_epi16(1));
-            let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high[i], x[i]), _mm256_set1_epi16(16));
-            _mm256_add_epi32(sum[i], _mm256_add_epi32(low, high))
+            let signed = _mm256_xor_si256(weights[i], _mm256_set1_epi8(-128));
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(signed), _mm256_sign_epi8(x[i], signed));
+            _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         })
     }
     #[inline(always)]

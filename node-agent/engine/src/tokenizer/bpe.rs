@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use foldhash::fast::FixedState;
+
 use crate::InvalidModel;
 use crate::gguf::Strings;
 
@@ -17,8 +19,8 @@ pub(super) struct BytePairEncoding {
     words: Pretokenizer,
     /// Token of each byte; some vocabularies lack a few control bytes, which then cannot be said.
     bytes: Vec<u32>,
-    /// Two tokens to their rank and what they become.
-    merges: HashMap<(u32, u32), (u32, u32)>,
+    /// Two tokens to their rank and what they become. What is hashed comes from the file alone.
+    merges: HashMap<(u32, u32), (u32, u32), FixedState>,
     /// A word that is a token as it stands is not taken apart (Llama 3).
     whole_words: bool,
 }
@@ -38,7 +40,7 @@ impl BytePairEncoding {
                     .unwrap_or(ABSENT)
             })
             .collect();
-        let mut table = HashMap::with_capacity(merges.len());
+        let mut table = HashMap::with_capacity_and_hasher(merges.len(), FixedState::default());
         let mut joined = Vec::new();
         for (rank, merge) in merges.iter().enumerate() {
             // The space stands between the two; the first byte may itself not be one.

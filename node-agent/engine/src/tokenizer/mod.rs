@@ -55,6 +55,9 @@ pub struct Tokenizer {
     ends: Vec<u32>,
 }
 
+/// Where a file names the token that texts begin with.
+pub(crate) const BOS: &str = "tokenizer.ggml.bos_token_id";
+
 /// Texts of tokens that end an answer, whatever the metadata says of them.
 const END_TEXTS: &[&str] = &[
     "<|im_end|>",
@@ -137,7 +140,7 @@ impl Tokenizer {
             }
         };
         let (bos, eos, eot) = (
-            id("tokenizer.ggml.bos_token_id")?,
+            id(BOS)?,
             id("tokenizer.ggml.eos_token_id")?,
             id("tokenizer.ggml.eot_token_id")?,
         );

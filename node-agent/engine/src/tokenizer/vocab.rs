@@ -1,6 +1,8 @@
 //! The vocabulary: texts in one arena, found by a compact hash index.
 
-use std::hash::Hasher;
+use std::hash::BuildHasher;
+
+use foldhash::fast::FixedState;
 
 use crate::InvalidModel;
 use crate::gguf::Strings;
@@ -65,9 +67,7 @@ impl Vocab {
 
     fn first_slot(&self, text: &[u8]) -> usize {
         // Keyed hashing is not needed: the table's size is fixed and a bad vocabulary only harms itself.
-        let mut hasher = std::collections::hash_map::DefaultHasher::new();
-        hasher.write(text);
-        hasher.finish() as usize & (self.slots.len() - 1)
+        FixedState::default().hash_one(text) as usize & (self.slots.len() - 1)
     }
 
     /// The token with this text.
