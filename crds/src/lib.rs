@@ -60,6 +60,7 @@ pub fn all() -> Vec<CustomResourceDefinition> {
         {
             drop_foreign_formats(schema);
             default_empty_spec(schema);
+            default_unseen_status(schema);
         }
     }
     crds
@@ -79,6 +80,19 @@ fn default_empty_spec(schema: &mut JSONSchemaProps) {
     };
     if let Some(spec) = spec.filter(may_be_empty) {
         spec.default = Some(JSON(serde_json::json!({})));
+    }
+}
+
+/// An object that its controller has not seen yet says so: Flux's own kinds do the same.
+///
+/// kstatus takes an object without a status for one that is as it should be, and an expression that asks for a field
+/// of it is an error.
+fn default_unseen_status(schema: &mut JSONSchemaProps) {
+    let properties = schema.properties.as_mut();
+    if let Some(status) = properties.and_then(|properties| properties.get_mut("status")) {
+        status.default = Some(JSON(serde_json::json!({"observedGeneration": -1})));
+        // Null is kept where it is allowed, and is the default where it is not.
+        status.nullable = None;
     }
 }
 

@@ -153,3 +153,87 @@ impl Metrics {
         text
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::*;
+
+    /// The metrics that the chart and the documents name, in the dashboard, the alerts and the text.
+    fn named() -> BTreeSet<String> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut names = BTreeSet::new();
+        for place in [
+            "charts/freehold/files/dashboards",
+            "charts/freehold/templates/monitoring",
+            "docs",
+        ] {
+            for file in std::fs::read_dir(root.join(place)).unwrap() {
+                let Ok(text) = std::fs::read_to_string(file.unwrap().path()) else {
+                    continue;
+                };
+                let words = text.split(|letter: char| !(letter.is_ascii_alphanumeric() || letter == '_'));
+                names.extend(
+                    words
+                        .filter(|word| word.starts_with("freehold_"))
+                        .map(str::to_owned),
+                );
+            }
+        }
+        names
+    }
+
+    fn samples(text: &str) -> BTreeSet<&str> {
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines.filter_map(|line| line.split(['{', ' ']).next()).collect()
+    }
+
+    #[test]
+    fn every_metric_that_is_named_somewhere_is_told() {
+        let metrics = Metrics::new();
+        let Metrics {
+            registry: _,
+            heartbeats: _,
+            status_writes: _,
+            instances,
+            restarts,
+            worker_memory,
+            memory_reserved: _,
+            energy: _,
+            model_energy,
+            model_energy_tokens,
+            model_joules_per_million,
+            model_cost_per_million,
+        } = &metrics;
+        // What has labels is told once it has a value.
+        let assignment = AssignmentLabel {
+            assignment: "default.a.1".into(),
+        };
+        let model = ModelLabels::of_assignment("default.a.1");
+        instances.get_or_create(&PhaseLabel {
+            phase: "Ready".into(),
+        });
+        restarts.get_or_create(&assignment);
+        worker_memory.get_or_create(&assignment);
+        model_energy.get_or_create(&model);
+        model_energy_tokens.get_or_create(&model);
+        model_joules_per_million.get_or_create(&model);
+        model_cost_per_million.get_or_create(&model);
+        let text = metrics.text();
+        let samples = samples(&text);
+        let mut names = named();
+        names.retain(|name| {
+            !["freehold_operator_", "freehold_gateway_"]
+                .iter()
+                .any(|part| name.starts_with(part))
+        });
+        assert!(names.len() > 4, "{names:?}");
+        let unknown: Vec<_> = names
+            .iter()
+            .filter(|name| !samples.contains(name.as_str()))
+            .collect();
+        assert!(unknown.is_empty(), "{unknown:?} are none of {samples:?}");
+    }
+}

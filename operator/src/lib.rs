@@ -17,6 +17,7 @@
 //! Start reading at [`Operator`], then `planner.rs`, then `model_deployment/`.
 
 mod backoff;
+mod check;
 mod compare;
 mod controller;
 mod events;
@@ -36,6 +37,7 @@ mod shelf;
 mod story;
 mod writes;
 
+pub use crate::check::{Address, Ask, ParseAddress, check};
 pub use crate::leader::LeaderElection;
 pub use crate::operator::{Operator, OperatorConfig, RunOperator, run};
 

@@ -2,10 +2,11 @@
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::{Parser, ValueEnum};
-use freehold_operator::{LeaderElection, OperatorConfig};
+use clap::{Parser, Subcommand, ValueEnum};
+use freehold_operator::{Address, LeaderElection, OperatorConfig};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
@@ -16,6 +17,8 @@ use tracing_subscriber::EnvFilter;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
+    #[command(subcommand)]
+    task: Option<Task>,
     /// Where /metrics, /healthz and /readyz are served.
     #[arg(long, env = "FREEHOLD_METRICS_LISTEN", default_value = "0.0.0.0:8080")]
     metrics_listen: SocketAddr,
@@ -28,6 +31,20 @@ struct Arguments {
     /// How log lines look. RUST_LOG chooses what is logged.
     #[arg(long, env = "FREEHOLD_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
+}
+
+/// What it does instead of operating.
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Ask addresses until each has answered well, and say what was found; fails if one did not in time.
+    Check {
+        /// Seconds that each address has.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Such as http://10.43.0.7:8080/readyz.
+        #[arg(required = true)]
+        addresses: Vec<Address>,
+    },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -60,11 +77,15 @@ async fn main() -> ExitCode {
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let Arguments {
+        task,
         metrics_listen,
         leader_elect,
         identity,
         log_format: _,
     } = arguments;
+    if let Some(Task::Check { seconds, addresses }) = task {
+        return check(&addresses, Duration::from_secs(seconds)).await;
+    }
     // Fails only when a provider is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let client = kube::Client::try_default().await.context(
@@ -89,5 +110,15 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         identity: format!("{identity}-{:08x}", rand::random::<u32>()),
     };
     freehold_operator::run(config, client, shutdown).await?;
+    Ok(())
+}
+
+async fn check(addresses: &[Address], within: Duration) -> anyhow::Result<()> {
+    for address in addresses {
+        freehold_operator::check(address, within)
+            .await
+            .with_context(|| format!("{address} is not well"))?;
+        info!(%address, "Answered");
+    }
     Ok(())
 }

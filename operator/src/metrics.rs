@@ -121,3 +121,81 @@ impl Metrics {
         text
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::*;
+
+    /// The metrics that the chart and the documents name, in the dashboard, the alerts and the text.
+    fn named() -> BTreeSet<String> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut names = BTreeSet::new();
+        for place in [
+            "charts/freehold/files/dashboards",
+            "charts/freehold/templates/monitoring",
+            "docs",
+        ] {
+            for file in std::fs::read_dir(root.join(place)).unwrap() {
+                let Ok(text) = std::fs::read_to_string(file.unwrap().path()) else {
+                    continue;
+                };
+                let words = text.split(|letter: char| !(letter.is_ascii_alphanumeric() || letter == '_'));
+                names.extend(
+                    words
+                        .filter(|word| word.starts_with("freehold_"))
+                        .map(str::to_owned),
+                );
+            }
+        }
+        names
+    }
+
+    fn samples(text: &str) -> BTreeSet<&str> {
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines.filter_map(|line| line.split(['{', ' ']).next()).collect()
+    }
+
+    #[test]
+    fn every_metric_that_is_named_somewhere_is_told() {
+        let metrics = Metrics::new();
+        let Metrics {
+            registry: _,
+            reconciles,
+            reconcile_seconds,
+            writes,
+            objects,
+            malformed,
+            nodes,
+            plans: _,
+            plan_seconds: _,
+            plan_breaches: _,
+            storm: _,
+            events_dropped: _,
+            leader: _,
+        } = &metrics;
+        // What has labels is told once it has a value.
+        let kind = Kind { kind: "a" };
+        reconciles.get_or_create(&Outcome {
+            kind: "a",
+            outcome: "ok",
+        });
+        reconcile_seconds.get_or_create(&kind);
+        writes.get_or_create(&kind);
+        objects.get_or_create(&kind);
+        malformed.get_or_create(&kind);
+        nodes.get_or_create(&NodeState { state: "Alive" });
+        let text = metrics.encode();
+        let samples = samples(&text);
+        let mut names = named();
+        names.retain(|name| name.starts_with("freehold_operator_"));
+        assert!(names.len() > 4, "{names:?}");
+        let unknown: Vec<_> = names
+            .iter()
+            .filter(|name| !samples.contains(name.as_str()))
+            .collect();
+        assert!(unknown.is_empty(), "{unknown:?} are none of {samples:?}");
+    }
+}

@@ -56,7 +56,7 @@ async fn ready(State(readiness): State<Readiness>) -> impl IntoResponse {
     } else {
         (
             StatusCode::SERVICE_UNAVAILABLE,
-            "waiting for the first listing of every kind; are the CRDs installed and does the role allow list and watch?",
+            "waiting for the first listing of every kind; are the CRDs installed, does the role allow list and watch, and do NetworkPolicies let it reach the API server?",
         )
     }
 }

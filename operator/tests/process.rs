@@ -7,7 +7,8 @@
 
 mod common;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -95,4 +96,57 @@ fn without_an_api_the_binary_says_what_to_set() {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("KUBECONFIG"), "{said}");
+}
+
+/// Answers each connection with the next of these, and the last one for good; returns its port.
+fn says(answers: &'static [&'static str]) -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for (at, stream) in listener.incoming().enumerate() {
+            let mut stream = stream.unwrap();
+            let mut request = [0; 1024];
+            let read = stream.read(&mut request).unwrap();
+            assert!(request[..read].starts_with(b"GET /readyz HTTP/1.1\r\n"));
+            stream
+                .write_all(answers[at.min(answers.len() - 1)].as_bytes())
+                .unwrap();
+        }
+    });
+    port
+}
+
+const WELL: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+const UNWELL: &str = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 7\r\n\r\nwaiting";
+
+fn check(seconds: &str, ports: &[u16]) -> (Option<i32>, String) {
+    let addresses = ports.iter().map(|port| format!("http://127.0.0.1:{port}/readyz"));
+    let mut command = operator(&["check", "--seconds", seconds]);
+    let output = command.args(addresses).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code(), said)
+}
+
+#[test]
+fn check_waits_until_every_address_answers_well() {
+    let (code, said) = check("60", &[says(&[WELL]), says(&[UNWELL, WELL])]);
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
+fn check_names_the_address_that_is_not_well_and_what_it_says() {
+    let unwell = says(&[UNWELL]);
+    let (code, said) = check("0", &[says(&[WELL]), unwell]);
+    assert_eq!(code, Some(1), "{said}");
+    let found =
+        format!("http://127.0.0.1:{unwell}/readyz is not well: it answers 503 Service Unavailable: waiting");
+    assert!(said.contains(&found), "{said}");
+
+    // Bound, given back, and so nobody's.
+    let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = nobody.local_addr().unwrap().port();
+    drop(nobody);
+    let (code, said) = check("0", &[port]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("failed to connect: "), "{said}");
 }

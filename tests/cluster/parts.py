@@ -2,9 +2,10 @@
 
     python3 tests/cluster/parts.py CACHE SET...
 
-Sets: api (kube-apiserver, etcd, kine), helm, tools (the kinds of Flux, Argo CD and k3s's Helm controller), control
-(controller manager and scheduler), node (kubelet, kube-proxy, containerd, runc, CNI plugins and nft). What the Go modules hold is built from the release's own sources, pinned by
-go.mod and go.sum beside this file. A part is built again only when its pins or flags changed."""
+Sets: api (kube-apiserver, etcd, kine), helm, tools (the kinds of Flux, Argo CD, k3s's Helm controller and the
+Prometheus operator), control (controller manager and scheduler), node (kubelet, kube-proxy, containerd, runc, CNI
+plugins and nft). What the Go modules hold is built from the release's own sources, pinned by go.mod and go.sum beside
+this file. A part is built again only when its pins or flags changed."""
 
 import hashlib
 import io
@@ -34,7 +35,7 @@ HELM_PACKAGE_SHA512 = ("40961a8db48b88a7a92cc9f822eff17ed6e16044646aa61cc2d307e8
 
 COMPONENTS = {"api": ["kube-apiserver"], "control": ["kube-controller-manager", "kube-scheduler"], "node": ["kubelet"]}
 STORAGE = {"etcd": ("go.etcd.io/etcd/server/v3", "0"), "kine": ("github.com/k3s-io/kine", "1")}
-# The kinds of the tools that manifests/ speaks to, from their own modules: module, Go's sum of it, files in it.
+# The kinds of the tools that manifests/ and the chart speak to, from their own modules: module, Go's sum of it, files in it.
 TOOLS = [
     ("github.com/fluxcd/source-controller@v1.7.3", "h1:gFfeBiNUgF0kFFGap/rrMeJqz+0Tod0ARENJO8w/UA8=",
      ["config/crd/bases/source.toolkit.fluxcd.io_gitrepositories.yaml"]),
@@ -46,6 +47,9 @@ TOOLS = [
      ["manifests/crds/application-crd.yaml"]),
     ("github.com/k3s-io/helm-controller@v0.17.9", "h1:HhZTiFhVDzhbAYeb/aSlExWhJTnDTpHypMqu5Mh8Uow=",
      ["pkg/crds/yaml/generated/helm.cattle.io_helmcharts.yaml"]),
+    ("github.com/prometheus-operator/prometheus-operator@v0.85.0", "h1:M5xLCLEoaW2IJfnuCwFzzpL+jSVQu3KGT84Pye+fW8s=",
+     [f"example/prometheus-operator-crd/monitoring.coreos.com_{kind}.yaml"
+      for kind in ("servicemonitors", "podmonitors", "prometheusrules")]),
 ]
 # kube-proxy writes its rules with nft; what that needs beyond libc comes with it.
 DEBIAN = json.loads((HERE / "debian.json").read_text())
@@ -143,7 +147,7 @@ def helm(cache):
 
 
 def tools(cache):
-    """CustomResourceDefinitions of Flux, Argo CD and k3s's Helm controller. Only these files are kept."""
+    """CustomResourceDefinitions of the tools that manifests/ and the chart speak to. Only these files are kept."""
     target = cache / "tools"
     stamp = target / "modules.json"
     wanted = [module for module, _, _ in TOOLS]

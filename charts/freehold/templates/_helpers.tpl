@@ -65,13 +65,81 @@ seccompProfile:
     - {protocol: TCP, port: 53}
 {{- end }}
 
+{{/* Addresses that are nobody's on the internet. A gateway to the outside that listens on one is not our matter. */}}
+{{- define "freehold.privateNetworks" -}}
+[10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 100.64.0.0/10, "fc00::/7"]
+{{- end }}
+
+{{/* What the cluster says of its API server, as JSON: {"slices": [{"cidrs": […], "ports": […]}]}. Empty where helm cannot ask.
+     The Service's own address is with it: not every network translates it before it looks at the policies. */}}
+{{- define "freehold.apiServerFound" -}}
+{{- $found := list -}}
+{{- with lookup "discovery.k8s.io/v1" "EndpointSlice" "default" "kubernetes" -}}
+  {{- $cidrs := list -}}
+  {{- range .endpoints -}}{{- range .addresses -}}
+    {{- $cidrs = append $cidrs (printf "%s/%s" . (ternary "128" "32" (contains ":" .))) -}}
+  {{- end -}}{{- end -}}
+  {{- $ports := list -}}
+  {{- range .ports -}}{{- $ports = append $ports (int .port) -}}{{- end -}}
+  {{- if and $cidrs $ports -}}
+    {{- $found = append $found (dict "cidrs" (uniq $cidrs | sortAlpha) "ports" $ports) -}}
+    {{- with lookup "v1" "Service" "default" "kubernetes" -}}
+      {{- $cidrs = list -}}
+      {{- range .spec.clusterIPs -}}
+        {{- $cidrs = append $cidrs (printf "%s/%s" . (ternary "128" "32" (contains ":" .))) -}}
+      {{- end -}}
+      {{- $ports = list -}}
+      {{- range .spec.ports -}}{{- $ports = append $ports (int .port) -}}{{- end -}}
+      {{- $found = append $found (dict "cidrs" $cidrs "ports" $ports) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- dict "slices" $found | toJson -}}
+{{- end }}
+
 {{- define "freehold.apiServerEgress" -}}
+{{- $server := .Values.networkPolicy.apiServer -}}
+{{- $slices := (include "freehold.apiServerFound" . | fromJson).slices -}}
+{{- $wide := not (or $server.cidrs $slices) -}}
+{{- if $server.cidrs -}}
+  {{- $slices = list (dict "cidrs" $server.cidrs "ports" $server.ports) -}}
+{{- else if $wide -}}
+  {{- $slices = list (dict "cidrs" (include "freehold.privateNetworks" . | fromYamlArray) "ports" $server.ports) -}}
+{{- end -}}
+# The API server{{ if $wide }}, somewhere in private networks: see docs/install.md{{ end }}.
+{{- range $slices }}
 - to:
-    {{- range .Values.networkPolicy.apiServer.cidrs }}
+    {{- range .cidrs }}
     - ipBlock: {cidr: {{ . | quote }}}
     {{- end }}
   ports:
-    {{- range .Values.networkPolicy.apiServer.ports }}
-    - {protocol: TCP, port: {{ . }}}
+    {{- range .ports }}
+    - {protocol: TCP, port: {{ int . }}}
     {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Networks of gateways that are no pods, as JSON: {"cidrs"}. */}}
+{{- define "freehold.gatewayPeers" -}}
+{{- $cidrs := .Values.networkPolicy.gatewayPeers.cidrs -}}
+{{- $mixed := or .Values.hostAgents .Values.nodeAgent.hostNetwork -}}
+{{- range .Values.nodeAgent.pools -}}{{- if and . .hostNetwork -}}{{- $mixed = true -}}{{- end -}}{{- end -}}
+{{- if and (not $cidrs) $mixed -}}
+  {{- $cidrs = include "freehold.privateNetworks" . | fromYamlArray -}}
+{{- end -}}
+{{- dict "cidrs" $cidrs | toJson -}}
+{{- end }}
+
+{{- define "freehold.gatewayPeersEgress" -}}
+{{- with (include "freehold.gatewayPeers" . | fromJson).cidrs -}}
+# Gateways that are no pods: on machines beside the cluster, or on machines' own addresses.
+- to:
+    {{- range . }}
+    - ipBlock: {cidr: {{ . | quote }}}
+    {{- end }}
+  ports:
+    {{- range $.Values.networkPolicy.gatewayPeers.ports }}
+    - {protocol: TCP, port: {{ int . }}}
+    {{- end }}
+{{- end }}
 {{- end }}

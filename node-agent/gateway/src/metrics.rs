@@ -226,3 +226,66 @@ impl Drop for InFlight {
         self.in_flight.dec();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::*;
+
+    /// The metrics that the chart and the documents name, in the dashboard, the alerts and the text.
+    fn named() -> BTreeSet<String> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let mut names = BTreeSet::new();
+        for place in [
+            "charts/freehold/files/dashboards",
+            "charts/freehold/templates/monitoring",
+            "docs",
+        ] {
+            for file in std::fs::read_dir(root.join(place)).unwrap() {
+                let Ok(text) = std::fs::read_to_string(file.unwrap().path()) else {
+                    continue;
+                };
+                let words = text.split(|letter: char| !(letter.is_ascii_alphanumeric() || letter == '_'));
+                names.extend(
+                    words
+                        .filter(|word| word.starts_with("freehold_"))
+                        .map(str::to_owned),
+                );
+            }
+        }
+        names
+    }
+
+    fn samples(text: &str) -> BTreeSet<&str> {
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines.filter_map(|line| line.split(['{', ' ']).next()).collect()
+    }
+
+    #[test]
+    fn every_metric_that_is_named_somewhere_is_told() {
+        let metrics = Metrics::new();
+        metrics.observe(&Observation {
+            model: "a",
+            endpoint: Endpoint::completions,
+            code: 200,
+            duration_seconds: 1.0,
+            first_token_seconds: Some(0.5),
+            prompt_tokens: 1,
+            completion_tokens: 1,
+            tokens_per_second: Some(2.0),
+        });
+        drop(metrics.enter("a"));
+        let text = metrics.text();
+        let samples = samples(&text);
+        let mut names = named();
+        names.retain(|name| name.starts_with("freehold_gateway_"));
+        assert!(names.len() > 4, "{names:?}");
+        let unknown: Vec<_> = names
+            .iter()
+            .filter(|name| !samples.contains(name.as_str()))
+            .collect();
+        assert!(unknown.is_empty(), "{unknown:?} are none of {samples:?}");
+    }
+}

@@ -82,3 +82,19 @@ func TestAnEditIsInProgressUntilItIsObserved(t *testing.T) {
 		}
 	}
 }
+
+// kstatus takes an object without a status for one that is as it should be. This is why the kinds give it one: what a
+// real API server makes of a new object is a case of tests/tests/conformance/cases/freehold.yaml.
+func TestWhatNobodyHasSeenIsInProgressByTheDefaultOfItsKind(t *testing.T) {
+	for _, kind := range []string{"model", "policy", "probe"} {
+		found := read(t, "recorded/"+kind+"-unseen.json")
+		bare := found.Object.DeepCopy()
+		unstructured.RemoveNestedField(bare.Object, "status")
+		if result := judge(t, bare); result.Status != status.CurrentStatus {
+			t.Errorf("%s without a status: %s; the default is needed no more", kind, result.Status)
+		}
+		if result := judge(t, &found.Object); result.Status != status.InProgressStatus {
+			t.Errorf("%s that nobody has seen: %s", kind, result.Status)
+		}
+	}
+}

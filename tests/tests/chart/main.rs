@@ -12,4 +12,5 @@
 mod agents;
 mod life;
 mod operator;
+mod policies;
 mod rendered;

@@ -42,6 +42,11 @@ async fn installs(world: &World, more: &[&str]) {
             })
             .await;
     }
+    let said = world.person.helm(
+        &["test", "freehold", "-n", "freehold-system", "--timeout", "60s"],
+        "",
+    );
+    assert!(said.good, "{}\n{}\n{}", said.out, said.errors, world.pods());
 }
 
 /// Kills processes at once.

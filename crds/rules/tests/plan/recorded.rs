@@ -1,6 +1,6 @@
 //! Statuses of every phase as files, for kstatus itself to judge: see `tests/chart/kstatus`.
 //!
-//! An object that the operator has not seen yet has no status, and kstatus takes that for current: none is here.
+//! An object that the operator has not seen yet has the status that the kind's definition gives it.
 //!
 //! `FREEHOLD_RECORD=1 cargo test -p freehold-rules --test plan recorded` writes them; without, they are compared.
 
@@ -37,20 +37,38 @@ fn settled(recorded: &mut Recorded, name: &str, expected: &str, mut world: World
     record(recorded, name, expected, world.find("chat"));
 }
 
+/// Every phase that the kind's schema knows.
+fn phases() -> Vec<Phase> {
+    let schema = serde_json::to_value(schemars::schema_for!(Phase)).unwrap();
+    let mut names = Vec::new();
+    // A variant with a comment is an entry of its own.
+    for variant in schema["oneOf"].as_array().unwrap() {
+        names.extend(variant.get("const").cloned());
+        names.extend(variant["enum"].as_array().into_iter().flatten().cloned());
+    }
+    assert!(names.len() >= 10, "{schema}");
+    names
+        .into_iter()
+        .map(|name| serde_json::from_value(name).unwrap())
+        .collect()
+}
+
+/// What kstatus must say of a model whose only instance is in a phase, and what the agent gives as reason.
+fn judged(phase: Phase) -> (&'static str, Option<&'static str>) {
+    match phase {
+        Phase::Ready | Phase::Idle => ("Current", None),
+        Phase::Pending | Phase::Fetching | Phase::Verifying | Phase::Loading | Phase::Draining => {
+            ("InProgress", None)
+        }
+        Phase::Backoff => ("InProgress", Some("Crashed")),
+        Phase::Failed => ("Failed", Some("DigestMismatch")),
+        Phase::Refused => ("InProgress", Some("InsufficientMemory")),
+    }
+}
+
 fn instances(recorded: &mut Recorded) {
-    let phases = [
-        (Phase::Pending, "InProgress", None),
-        (Phase::Fetching, "InProgress", None),
-        (Phase::Verifying, "InProgress", None),
-        (Phase::Loading, "InProgress", None),
-        (Phase::Ready, "Current", None),
-        (Phase::Idle, "Current", None),
-        (Phase::Draining, "InProgress", None),
-        (Phase::Backoff, "InProgress", Some("Crashed")),
-        (Phase::Failed, "Failed", Some("DigestMismatch")),
-        (Phase::Refused, "InProgress", Some("InsufficientMemory")),
-    ];
-    for (phase, expected, reason) in phases {
+    for phase in phases() {
+        let (expected, reason) = judged(phase);
         let mut world = chat();
         world.agents = Box::new(move |assignment| Instance {
             reason: reason.map(str::to_owned),
@@ -62,7 +80,20 @@ fn instances(recorded: &mut Recorded) {
     }
 }
 
+/// As the API server gives an object that the operator has not seen: by the default of the kind's status.
+fn unseen<S: serde::de::DeserializeOwned>(kind: &str) -> Option<S> {
+    let kinds = freehold_crds::all();
+    let kind = kinds.iter().find(|found| found.spec.names.kind == kind).unwrap();
+    let schema = serde_json::to_value(&kind.spec.versions[0].schema).unwrap();
+    let default = &schema["openAPIV3Schema"]["properties"]["status"]["default"];
+    Some(serde_json::from_value(default.clone()).unwrap())
+}
+
 fn circumstances(recorded: &mut Recorded) {
+    let mut world = chat();
+    world.find("chat").status = unseen("ModelDeployment");
+    record(recorded, "model-unseen", "InProgress", world.find("chat"));
+
     let mut world = chat();
     world.input.nodes.clear();
     settled(recorded, "model-without-machines", "InProgress", world);
@@ -132,6 +163,8 @@ fn policies_and_probes(recorded: &mut Recorded) {
 
     let mut rules = policy("digests", SupplyChainRules::default());
     rules.metadata.generation = Some(1);
+    rules.status = unseen("GovernancePolicy");
+    record(recorded, "policy-unseen", "InProgress", &rules);
     rules.status = Some(policy_status(&rules, &plan, &world.input, now()));
     record(recorded, "policy-held", "Current", &rules);
     rules.spec.rules.expressions.push(ExpressionRule {
@@ -160,6 +193,8 @@ fn policies_and_probes(recorded: &mut Recorded) {
     );
     probe.metadata.namespace = Some("default".to_owned());
     probe.metadata.generation = Some(1);
+    probe.status = unseen("HealthProbe");
+    record(recorded, "probe-unseen", "InProgress", &probe);
     probe.status = Some(probe_status(&probe, &plan, &world.input, now()));
     record(recorded, "probe-held", "Current", &probe);
     for check in &mut probe.spec.checks {
