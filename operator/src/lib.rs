@@ -37,6 +37,7 @@ mod story;
 mod writes;
 
 pub use crate::leader::LeaderElection;
+pub use crate::liveness::FORGET_AFTER;
 pub use crate::operator::{Operator, OperatorConfig, RunOperator, run};
 
 /// Field manager of everything that the operator applies.
