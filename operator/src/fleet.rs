@@ -15,7 +15,7 @@ use kube::{Resource, ResourceExt};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::liveness::{FORGET_AFTER, Heartbeats, Judgement, judge};
+use crate::liveness::{Heartbeats, Judgement, judge};
 use crate::shelf::Shelf;
 
 /// Everything that the operator watches.
@@ -30,12 +30,14 @@ pub(crate) struct Shelves {
     /// The cluster's machines, for `kubectl cordon` and `drain`; empty where the API has none.
     pub(crate) machines: Shelf<Node>,
     pub(crate) heartbeats: Arc<Heartbeats>,
+    /// A machine without a Lease and without work is forgotten after this time.
+    pub(crate) forget_after: Duration,
 }
 
 impl Shelves {
     /// Empty shelves. `news` is woken by what may change the plan; heartbeats seldom do, so whoever
     /// watches the Leases wakes it where they do.
-    pub(crate) fn new(news: &Arc<Notify>) -> Self {
+    pub(crate) fn new(news: &Arc<Notify>, forget_after: Duration) -> Self {
         Self {
             deployments: Shelf::new(Arc::clone(news)),
             policies: Shelf::new(Arc::clone(news)),
@@ -45,6 +47,7 @@ impl Shelves {
             namespaces: Shelf::new(Arc::clone(news)),
             machines: Shelf::new(Arc::clone(news)),
             heartbeats: Arc::default(),
+            forget_after,
         }
     }
 }
@@ -97,7 +100,7 @@ pub(crate) fn snapshot(shelves: &Shelves, last_policies: &mut LastPolicies, now:
     let nodes: Vec<&InferenceNode> = nodes.iter().filter_map(|node| node.0.as_ref().ok()).collect();
 
     let silences = silences(shelves, &nodes, now);
-    let judgement = judge(&silences);
+    let judgement = judge(&silences, shelves.forget_after);
     let nodes = nodes
         .into_iter()
         .map(|node| node_input(node, &judgement, shelves))
@@ -120,7 +123,7 @@ pub(crate) fn snapshot(shelves: &Shelves, last_policies: &mut LastPolicies, now:
         judgement,
         forgettable: silences
             .into_iter()
-            .filter(|(node, silence)| *silence >= FORGET_AFTER && shelves.lease(node).is_none())
+            .filter(|(node, silence)| *silence >= shelves.forget_after && shelves.lease(node).is_none())
             .map(|(node, _)| node)
             .collect(),
         unreadable_deployments,

@@ -39,6 +39,7 @@ mod writes;
 
 pub use crate::check::{Address, Ask, ParseAddress, check};
 pub use crate::leader::LeaderElection;
+pub use crate::liveness::FORGET_AFTER;
 pub use crate::operator::{Operator, OperatorConfig, RunOperator, run};
 
 /// Field manager of everything that the operator applies.

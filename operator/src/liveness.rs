@@ -14,8 +14,8 @@ use tokio::time::Instant;
 pub(crate) const SILENT_AFTER: Duration = Duration::from_secs(40);
 /// Only then replicas are placed elsewhere: fetching and loading a model costs minutes.
 pub(crate) const LOST_AFTER: Duration = Duration::from_secs(90);
-/// A machine without a Lease and without work is forgotten after this time.
-pub(crate) const FORGET_AFTER: Duration = Duration::from_secs(600);
+/// A machine without a Lease and without work is forgotten after this time, unless settings say otherwise.
+pub const FORGET_AFTER: Duration = Duration::from_secs(600);
 
 /// What the heartbeats say.
 #[derive(Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub(crate) struct Judgement {
 }
 
 /// Judges machines by how long each has been silent.
-pub(crate) fn judge(silences: &BTreeMap<String, Duration>) -> Judgement {
+pub(crate) fn judge(silences: &BTreeMap<String, Duration>, forget_after: Duration) -> Judgement {
     let silent = silences
         .values()
         .filter(|silence| **silence >= SILENT_AFTER)
@@ -44,10 +44,11 @@ pub(crate) fn judge(silences: &BTreeMap<String, Duration>) -> Judgement {
     let next_change_in = silences
         .values()
         .filter_map(|silence| {
-            [SILENT_AFTER, LOST_AFTER, FORGET_AFTER]
+            [SILENT_AFTER, LOST_AFTER, forget_after]
                 .into_iter()
-                .find(|deadline| silence < deadline)
+                .filter(|deadline| silence < deadline)
                 .map(|deadline| deadline - *silence)
+                .min()
         })
         .min();
     Judgement {
@@ -203,7 +204,10 @@ mod tests {
     }
 
     fn verdicts(seconds: &[u64]) -> Vec<Liveness> {
-        judge(&silences(seconds)).by_node.into_values().collect()
+        judge(&silences(seconds), FORGET_AFTER)
+            .by_node
+            .into_values()
+            .collect()
     }
 
     #[test]
@@ -217,7 +221,7 @@ mod tests {
     #[test]
     fn nobody_is_lost_while_more_than_half_of_the_fleet_is_silent() {
         assert_eq!(verdicts(&[500, 500, 0])[..2], [Liveness::Silent; 2]);
-        assert!(judge(&silences(&[500, 500, 0])).storm);
+        assert!(judge(&silences(&[500, 500, 0]), FORGET_AFTER).storm);
         assert_eq!(verdicts(&[500, 0])[0], Liveness::Lost);
         assert_eq!(
             verdicts(&[500])[0],
@@ -229,10 +233,16 @@ mod tests {
     #[test]
     fn next_change_is_the_nearest_deadline() {
         assert_eq!(
-            judge(&silences(&[10, 45, 700])).next_change_in,
+            judge(&silences(&[10, 45, 700]), FORGET_AFTER).next_change_in,
             Some(Duration::from_secs(30))
         );
-        assert_eq!(judge(&silences(&[700])).next_change_in, None);
+        assert_eq!(judge(&silences(&[700]), FORGET_AFTER).next_change_in, None);
+        let soon = judge(&silences(&[10]), Duration::from_secs(15));
+        assert_eq!(
+            soon.next_change_in,
+            Some(Duration::from_secs(5)),
+            "whatever the settings, no deadline is slept through"
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -108,6 +108,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         leader_election: leader_elect.then(LeaderElection::default),
         metrics_listen: Some(metrics_listen),
         identity: format!("{identity}-{:08x}", rand::random::<u32>()),
+        forget_after: freehold_operator::FORGET_AFTER,
     };
     freehold_operator::run(config, client, shutdown).await?;
     Ok(())

@@ -48,6 +48,8 @@ pub struct OperatorConfig {
     pub metrics_listen: Option<SocketAddr>,
     /// Who this is, in the leader's Lease and in events. Unique among the candidates.
     pub identity: String,
+    /// How long a machine without a Lease and without work is remembered; [`crate::FORGET_AFTER`] as a rule.
+    pub forget_after: Duration,
 }
 
 /// Why the operator ended.
@@ -105,6 +107,7 @@ impl Operator {
         let work = Work {
             client,
             identity: config.identity,
+            forget_after: config.forget_after,
             metrics,
             readiness,
         };
@@ -157,6 +160,7 @@ pub async fn run(
 struct Work {
     client: Client,
     identity: String,
+    forget_after: Duration,
     metrics: Metrics,
     readiness: Readiness,
 }
@@ -198,7 +202,7 @@ impl Work {
     /// Does the operator's work until `stop`.
     async fn lead(&self, stop: CancellationToken) -> Result<(), RunOperator> {
         let news = Arc::new(Notify::new());
-        let shelves = Shelves::new(&news);
+        let shelves = Shelves::new(&news, self.forget_after);
         // Aborted when dropped.
         let mut watches = self.watch(&shelves, &news);
         tokio::select! {

@@ -146,6 +146,16 @@ def helm(cache):
     stamp.write_text(HELM_PACKAGE)
 
 
+def borrow(cache, program):
+    """The machine's own program, where none is fetched for its system."""
+    found = shutil.which(program)
+    if not found:
+        sys.exit(f"{program} is on no PATH here, and the one that is fetched runs on Linux only: install {program}")
+    target = cache / program
+    target.unlink(missing_ok=True)
+    target.symlink_to(found)
+
+
 def tools(cache):
     """CustomResourceDefinitions of the tools that manifests/ and the chart speak to. Only these files are kept."""
     target = cache / "tools"
@@ -283,9 +293,15 @@ def main(cache, sets):
     unknown = set(sets) - {"api", "helm", "tools", "control", "node"}
     if unknown:
         sys.exit(f"no such set: {', '.join(unknown)}; there are api, helm, tools, control and node")
-    if platform.system() != "Linux":
-        sys.exit("these parts run on Linux; elsewhere run tests/on-cluster with KUBECONFIG naming a cluster of your own")
     cache.mkdir(parents=True, exist_ok=True)
+    if platform.system() != "Linux":
+        linux = sorted(set(sets) - {"helm", "tools"})
+        if linux:
+            sys.exit(f"{', '.join(linux)}: these parts run on Linux; elsewhere run tests/on-cluster with KUBECONFIG naming "
+                     "a cluster of your own")
+        if "helm" in sets:
+            borrow(cache, "helm")
+            sets = [name for name in sets if name != "helm"]
     for name in sets:
         for component in COMPONENTS.get(name, []):
             build(cache, component, "kubernetes", f"k8s.io/kubernetes/cmd/{component}", kubernetes_flags(), "0")

@@ -10,7 +10,8 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use freehold_crds::SYSTEM_NAMESPACE;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, Patch, PatchParams};
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
@@ -18,9 +19,11 @@ use kube::runtime::wait::{await_condition, conditions};
 use kube::{Client, Config};
 use tempfile::TempDir;
 
+use crate::audit;
 use crate::child::Program;
 use crate::named::NamedCluster;
 use crate::parts::part;
+use crate::person::Person;
 
 /// A server that is not ready by then will not be.
 const START: Duration = Duration::from_secs(90);
@@ -55,9 +58,14 @@ pub struct ApiServer {
     /// Where it is and who is believed to be it.
     owner: Kubeconfig,
     folder: TempDir,
+    /// Parts of the audit log, from an end of the server to its being ready again: who asks too early is refused,
+    /// since its own caches of roles are not filled yet.
+    unsettled: Vec<(usize, usize)>,
     _named: Option<NamedCluster>,
 }
 
+/// What grants rights, as kubectl is asked for it.
+const ROLES: [&str; 2] = ["clusterroles,clusterrolebindings,roles,rolebindings", "-A"];
 /// The token of the owner, who may do everything.
 const OWNER: &str = "owner-token";
 
@@ -75,6 +83,7 @@ impl ApiServer {
                 programs: Vec::new(),
                 owner: named.kubeconfig.clone(),
                 folder: tempfile::tempdir()?,
+                unsettled: Vec::new(),
                 _named: Some(named),
             });
         }
@@ -143,6 +152,7 @@ impl ApiServer {
             ),
             "--service-cluster-ip-range=10.43.0.0/24".to_owned(),
         ];
+        all.extend(audit::arguments(path)?);
         all.extend_from_slice(arguments);
         let program = Program::start("kube-apiserver", &part("kube-apiserver")?, &all, path)?;
         let authority = path.join("certificates/apiserver.crt");
@@ -155,6 +165,7 @@ impl ApiServer {
             programs: vec![program, store],
             owner: Kubeconfig::from_yaml(&owner)?,
             folder,
+            unsettled: Vec::new(),
             _named: None,
         };
         std::fs::write(&server.kubeconfig, owner)?;
@@ -174,6 +185,7 @@ impl ApiServer {
     /// # Errors
     /// As [`Self::start`].
     pub async fn start_again(&mut self) -> Result<()> {
+        let from = audit::Log::read(self.folder.path())?.len();
         let program = Program::start(
             "kube-apiserver",
             &part("kube-apiserver")?,
@@ -184,7 +196,10 @@ impl ApiServer {
             *server = program;
         }
         let authority = self.folder.path().join("certificates/apiserver.crt");
-        self.until_ready(&authority).await
+        self.until_ready(&authority).await?;
+        let to = audit::Log::read(self.folder.path())?.len();
+        self.unsettled.push((from, to));
+        Ok(())
     }
 
     /// `authority`: the certificate that it makes when it first starts.
@@ -270,6 +285,44 @@ impl ApiServer {
     #[must_use]
     pub fn kubeconfig(&self) -> &Path {
         &self.kubeconfig
+    }
+
+    /// What service accounts asked of it so far, while it was ready.
+    ///
+    /// # Errors
+    /// When the log does not read; on a named cluster, which keeps its own to itself.
+    pub fn asked(&self) -> Result<audit::Log> {
+        ensure!(
+            self._named.is_none(),
+            "a named cluster keeps its audit log to itself"
+        );
+        let log = audit::Log::read(self.folder.path())?;
+        let unsettled = self.unsettled.iter().rev();
+        Ok(unsettled.fold(log, |log, (from, to)| log.without(*from, *to)))
+    }
+
+    /// Complaints about what Freehold's service accounts asked for so far: what they were refused, and what no role
+    /// of theirs grants. `but_for`: a part of [`Self::asked`] in which a test asked itself, with an account's token.
+    ///
+    /// # Errors
+    /// As [`Self::asked`]; when no account asked for anything, which would prove nothing.
+    pub fn beyond_grants(&self, person: &Person, but_for: (usize, usize)) -> Result<Vec<String>> {
+        let log = self.asked()?.without(but_for.0, but_for.1);
+        let accounts = log.accounts(SYSTEM_NAMESPACE);
+        ensure!(!accounts.is_empty(), "no service account asked for anything");
+        Ok(log.beyond_grants(&person.get(&ROLES), SYSTEM_NAMESPACE))
+    }
+
+    /// What one of Freehold's service accounts is granted and did not use so far.
+    ///
+    /// # Errors
+    /// As [`Self::asked`]; when it is granted nothing.
+    pub fn idle_grants(&self, person: &Person, account: &str) -> Result<Vec<String>> {
+        let used = self.asked()?.used(SYSTEM_NAMESPACE, account);
+        let mut granted = audit::granted(&person.get(&ROLES), account);
+        ensure!(!granted.is_empty(), "{account} is granted nothing");
+        granted.retain(|verb| !used.contains_key(verb));
+        Ok(granted.into_iter().collect())
     }
 
     /// A folder that goes with the server.

@@ -5,6 +5,7 @@
 //! its answer, [`likeness`] says whether two answers are the same.
 
 pub mod api_server;
+pub mod audit;
 pub mod child;
 pub mod cluster;
 pub mod exchange;

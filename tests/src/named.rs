@@ -1,14 +1,19 @@
 //! A cluster of the reader's own in the place of the one that a test would start: `FREEHOLD_TEST_KUBECONFIG`.
 //!
 //! The tests install Freehold's kinds, change and delete them, and make namespaces. So the cluster must not hold any of
-//! that before, one test has it at a time, and afterwards all of it is taken away again. Everything else stays as it is.
+//! that before, one test has it at a time, and afterwards all of it is taken away again. Everything else stays as it is:
+//! machines that tests play bear names that no real one has ([`played`]), and an admission policy keeps the chart's pods
+//! from starting on real ones, where they would make folders.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use serde_json::{Value, json};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::parts::kubectl;
@@ -16,9 +21,12 @@ use crate::parts::kubectl;
 const VARIABLE: &str = "FREEHOLD_TEST_KUBECONFIG";
 /// The groups of the kinds that tests install.
 const GROUPS: [&str; 2] = [".freehold.dev", ".test.example.com"];
-/// What tests make beside namespaces of their own; `NODES` are played, no machine stands behind them.
+/// What tests make beside namespaces of their own.
 const NAMESPACES: [&str; 3] = ["freehold-system", "models", "locked"];
-const NODES: [&str; 2] = ["machine", "other"];
+/// What the names of played machines and of the guarding policy begin with, whichever process made them.
+const OURS: &str = "freehold-test-";
+/// An admission policy that is not in force by then never will be.
+const IN_FORCE: Duration = Duration::from_secs(60);
 /// Kinds outside namespaces of which the chart makes some, by its label.
 const CHART_KINDS: &str =
     "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings";
@@ -38,6 +46,18 @@ pub fn namespace_prefix() -> String {
     format!("c{}-", std::process::id())
 }
 
+/// The name of a Node that a test plays: no machine stands behind it, and no real one is called so. Nodes of such names,
+/// and pods bound to them, are all that is deleted of a cluster's own kinds outside the tests' namespaces.
+#[must_use]
+pub fn played(role: &str) -> String {
+    format!("{OURS}{}-{role}", std::process::id())
+}
+
+/// The policy that keeps the chart's pods from real machines while a test has the cluster.
+fn guard() -> String {
+    format!("{OURS}{}", std::process::id())
+}
+
 /// That cluster, lent to one test. Dropping it takes away what the tests made there.
 #[derive(Debug)]
 pub struct NamedCluster {
@@ -55,9 +75,17 @@ impl NamedCluster {
     /// # Errors
     /// When it cannot be reached, or holds already what the tests would delete.
     pub async fn borrow() -> Result<Option<Self>> {
-        let Some(path) = std::env::var_os(VARIABLE).map(PathBuf::from) else {
-            return Ok(None);
-        };
+        match std::env::var_os(VARIABLE) {
+            Some(path) => Self::of(PathBuf::from(path)).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The cluster of this kubeconfig, once no other test has it.
+    ///
+    /// # Errors
+    /// As [`Self::borrow`].
+    pub async fn of(path: PathBuf) -> Result<Self> {
         let kubeconfig = Kubeconfig::read_from(&path)
             .with_context(|| format!("{VARIABLE} names {}, which is no kubeconfig", path.display()))?;
         let options = KubeConfigOptions::default();
@@ -71,7 +99,8 @@ impl NamedCluster {
         };
         cluster.is_free()?;
         cluster.is_ours = true;
-        Ok(Some(cluster))
+        cluster.keep_pods_off()?;
+        Ok(cluster)
     }
 
     /// Its kubeconfig's file.
@@ -86,6 +115,11 @@ impl NamedCluster {
         let mut namespaces = self.names("namespaces")?;
         namespaces.retain(|name| NAMESPACES.contains(&name.as_str()));
         found.extend(namespaces.iter().map(|name| format!("namespace {name}")));
+        for (kind, what) in [("nodes", "node"), ("validatingadmissionpolicies", "policy")] {
+            let mut left = self.names(kind)?;
+            left.retain(|name| name.starts_with(OURS));
+            found.extend(left.iter().map(|name| format!("{what} {name}")));
+        }
         ensure!(
             found.is_empty(),
             "the cluster of {VARIABLE} ({}) holds {} already. These tests install, change and delete those: name a \
@@ -96,13 +130,53 @@ impl NamedCluster {
         Ok(())
     }
 
+    /// The chart's pods would start on the cluster's own machines, and make folders there. Nothing here needs them to.
+    fn keep_pods_off(&self) -> Result<()> {
+        let name = guard();
+        let message = format!(
+            "a test run of Freehold keeps its chart's pods off real machines; if none is under way, delete \
+             validatingadmissionpolicybinding and validatingadmissionpolicy {name}"
+        );
+        let group = "admissionregistration.k8s.io/v1";
+        let policy = json!({"apiVersion": group, "kind": "ValidatingAdmissionPolicy", "metadata": {"name": name}, "spec": {
+            "failurePolicy": "Fail",
+            "matchConstraints": {"resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]},
+            "matchConditions": [{"name": "of-the-chart",
+                "expression": "object.metadata.?labels['app.kubernetes.io/name'].orValue('') == 'freehold'"}],
+            "validations": [{"message": message,
+                "expression": format!("object.spec.?nodeName.orValue('').startsWith('{OURS}')")}],
+        }});
+        let binding = json!({"apiVersion": group, "kind": "ValidatingAdmissionPolicyBinding", "metadata": {"name": name},
+            "spec": {"policyName": name, "validationActions": ["Deny"]}});
+        for object in [&policy, &binding] {
+            self.told(&["apply", "--server-side", "-f", "-"], object)?;
+        }
+        let pod = json!({"apiVersion": "v1", "kind": "Pod", "spec": {"containers": [{"name": "a", "image": "a"}]},
+            "metadata": {"name": name, "namespace": "default", "labels": {"app.kubernetes.io/name": "freehold"}}});
+        let begun = Instant::now();
+        loop {
+            let last = match self.told(&["create", "--dry-run=server", "-f", "-"], &pod) {
+                Err(refused) if format!("{refused:#}").contains(&message) => return Ok(()),
+                Err(other) => format!("{other:#}"),
+                Ok(said) => said,
+            };
+            ensure!(
+                begun.elapsed() < IN_FORCE,
+                "the policy {name} is not in force after {IN_FORCE:?}; last seen: {last}"
+            );
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     fn clean(&self) -> Result<()> {
         // No kubelet ends the pods of a played machine.
-        for node in NODES {
+        let mut nodes = self.names("nodes")?;
+        nodes.retain(|name| name.starts_with(&played("")));
+        for node in &nodes {
             let field = format!("--field-selector=spec.nodeName={node}");
             self.kubectl(&["delete", "pods", "-A", &field, "--grace-period=0", "--force"])?;
         }
-        self.delete("nodes", &NODES.map(str::to_owned))?;
+        self.delete("nodes", &nodes)?;
         let chart = ["delete", CHART_KINDS, "-l", "app.kubernetes.io/name=freehold"];
         self.kubectl(&chart)?;
         let mut kinds = self.names("customresourcedefinitions")?;
@@ -127,7 +201,12 @@ impl NamedCluster {
             arguments.extend(cases.iter().map(String::as_str));
             self.kubectl(&arguments)?;
         }
-        self.delete("namespaces", &ours)
+        self.delete("namespaces", &ours)?;
+        // Last: nothing is left that would make pods.
+        for kind in ["validatingadmissionpolicybindings", "validatingadmissionpolicies"] {
+            self.delete(kind, &[guard()])?;
+        }
+        Ok(())
     }
 
     /// Nobody is left who would end what finalizers hold.
@@ -165,9 +244,23 @@ impl NamedCluster {
     }
 
     fn kubectl(&self, arguments: &[&str]) -> Result<String> {
+        self.told(arguments, &Value::Null)
+    }
+
+    /// kubectl, with this object to read.
+    fn told(&self, arguments: &[&str], object: &Value) -> Result<String> {
         let mut command = Command::new(kubectl()?);
         command.args(arguments).env("KUBECONFIG", &self.path);
-        let output = command.output().context("failed to start kubectl")?;
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().context("failed to start kubectl")?;
+        if let Some(mut input) = child.stdin.take() {
+            // One that reads nothing may end before this is written.
+            let _ = input.write_all(object.to_string().as_bytes());
+        }
+        let output = child.wait_with_output().context("failed to hear kubectl")?;
         ensure!(
             output.status.success(),
             "on the cluster of {VARIABLE} ({}), kubectl {} failed: {}",

@@ -85,3 +85,68 @@ fn pure_crates_stay_pure() {
         }
     }
 }
+
+/// Fetched by version alone, and why that may be: nothing that the tests' verdict rests on.
+const SOFT_PINS: [&str; 3] = [
+    // The toolkit for `just check-cuda`, a gigabyte in a dozen packages, of which only compiling is asked.
+    "tests/cuda/with-toolkit.sh",
+    // Writers of random models for a benchmark, and an advice to people.
+    "tests/peers/models.py",
+    "tests/peers/llama_cpp.py",
+];
+
+/// Every script of a folder and of those in it.
+fn scripts(folder: &std::path::Path, found: &mut Vec<std::path::PathBuf>) {
+    for entry in std::fs::read_dir(folder)
+        .expect("a folder of the checkout")
+        .flatten()
+    {
+        let path = entry.path();
+        let is_script = path.extension().is_none_or(|end| end == "py" || end == "sh");
+        if path.is_dir() {
+            scripts(&path, found);
+        } else if is_script {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn what_pip_fetches_is_held_to_its_sum() {
+    let root = freehold_tests::folder().join("..");
+    let mut commands = 0;
+    let mut files = Vec::new();
+    for folder in ["tests", "manifests"] {
+        scripts(&root.join(folder), &mut files);
+    }
+    for path in files {
+        let file = path
+            .strip_prefix(&root)
+            .expect("it lies there")
+            .to_string_lossy()
+            .into_owned();
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        for verb in ["install", "download"] {
+            // In Python's lists of words, and in a shell's.
+            for command in [
+                format!("\"pip\", \"{verb}\""),
+                format!("pip {verb}"),
+                format!("pip\" {verb}"),
+            ] {
+                for (at, _) in text.match_indices(&command) {
+                    let rest: String = text.chars().skip(text[..at].chars().count()).take(300).collect();
+                    if SOFT_PINS.contains(&file.as_str()) {
+                        continue;
+                    }
+                    commands += 1;
+                    assert!(
+                        rest.contains("--require-hashes"),
+                        "{file}: `{command}` takes whatever is offered: add --require-hashes and the sums, or say in \
+                         SOFT_PINS why not"
+                    );
+                }
+            }
+        }
+    }
+    assert!(commands >= 5, "only {commands} commands were found");
+}

@@ -1,12 +1,10 @@
-//! The images' own tests, which are in Python as what builds them is: see `manifests/images`.
+//! Tests in Python, as what they test is: what builds the images (`manifests/images`), and what fetches the tests' parts.
 
 use std::process::Command;
 
-#[test]
-fn images_are_valid_and_the_same_twice() {
-    let root = freehold_tests::folder();
+fn python(file: &str) {
     let output = Command::new("python3")
-        .arg(root.join("images/test_images.py"))
+        .arg(freehold_tests::folder().join(file))
         .output()
         .expect("python3 runs");
     assert!(
@@ -14,6 +12,16 @@ fn images_are_valid_and_the_same_twice() {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
+}
+
+#[test]
+fn images_are_valid_and_the_same_twice() {
+    python("images/test_images.py");
+}
+
+#[test]
+fn parts_are_pinned_and_borrowed_where_they_do_not_run() {
+    python("cluster/test_parts.py");
 }
 
 #[test]

@@ -305,7 +305,10 @@ async fn renews_its_token(stage: &Stage) {
     assert_eq!(names, ["kubeconfig", "node", "token"]);
 }
 
-async fn writes_for_itself_alone(stage: &Stage) {
+/// Returns the part of the audit log that holds these attempts.
+async fn writes_for_itself_alone(stage: &Stage) -> (usize, usize) {
+    let asked = || stage.server.asked().unwrap().len();
+    let from = asked();
     let client = stage.server.client_of(stage.token().trim()).await.unwrap();
     for (path, body) in [lease("attic"), status("attic")] {
         assert_eq!(apply(&client, &path, &body).await, 200, "{path}");
@@ -322,6 +325,7 @@ async fn writes_for_itself_alone(stage: &Stage) {
         .person
         .kubectl(&["delete", "inferencenode", "cellar"], "")
         .unwrap();
+    (from, asked())
 }
 
 /// The API server is away for a while: what is wanted after that arrives soon, however long it was.
@@ -499,10 +503,17 @@ async fn a_machine_joins_works_is_upgraded_and_leaves() {
     joins(&stage).await;
     is_confined(&stage);
     renews_its_token(&stage).await;
-    writes_for_itself_alone(&stage).await;
+    let attempts = writes_for_itself_alone(&stage).await;
     outlives_an_outage(&mut stage).await;
     is_started_again(&stage).await;
     upgrades_and_rolls_back(&stage);
+    let beyond = stage.server.beyond_grants(&stage.person, attempts).unwrap();
+    assert!(beyond.is_empty(), "{beyond:#?}");
+    let idle = stage
+        .server
+        .idle_grants(&stage.person, "freehold-host-attic")
+        .unwrap();
+    assert!(idle.is_empty(), "granted by joining and never used: {idle:?}");
     leaves_nothing(&stage).await;
 }
 

@@ -91,6 +91,66 @@ pub(crate) fn resource_list(resources: &[Resource], group: &str, version: &str) 
     (!list.is_empty()).then(|| json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": group_version, "resources": list}))
 }
 
+/// What a client accepts that wants to learn of all groups in one answer.
+const AGGREGATED: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+
+/// The content type of [`aggregated`], if the first that a client accepts of what there is is that.
+pub(crate) fn wants_aggregated(accept: &str) -> Option<&'static str> {
+    let parts = accept.split(',').map(|part| part.replace(' ', ""));
+    let mut known = parts.filter(|part| part == AGGREGATED || part == "application/json" || part == "*/*");
+    known.next().filter(|part| part == AGGREGATED).map(|_| AGGREGATED)
+}
+
+/// `/api` and `/apis` in one document: groups, versions, resources.
+pub(crate) fn aggregated(resources: &[Resource], core: bool) -> Value {
+    let groups = if core {
+        vec![("", "v1")]
+    } else {
+        group_versions(resources)
+    };
+    let items: Vec<Value> = groups
+        .into_iter()
+        .map(|(group, version)| {
+            let of_group = resources.iter().filter(|r| r.group == group && r.version == version);
+            let entries: Vec<Value> = of_group.map(aggregated_resource).collect();
+            let metadata = if group.is_empty() { json!({}) } else { json!({"name": group}) };
+            json!({"metadata": metadata, "versions": [{"version": version, "resources": entries, "freshness": "Current"}]})
+        })
+        .collect();
+    json!({"kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {}, "items": items})
+}
+
+fn aggregated_resource(resource: &Resource) -> Value {
+    let kind = json!({"group": resource.group, "version": resource.version, "kind": resource.kind});
+    let mut entry = json!({
+        "resource": resource.plural, "responseKind": kind, "singularResource": resource.singular,
+        "scope": if resource.namespaced { "Namespaced" } else { "Cluster" }, "verbs": resource.verbs,
+    });
+    if !resource.short_names.is_empty() {
+        entry["shortNames"] = json!(resource.short_names);
+    }
+    if !resource.categories.is_empty() {
+        entry["categories"] = json!(resource.categories);
+    }
+    let mut parts = Vec::new();
+    let mut part = |name: &str, kind: &Value| {
+        parts.push(json!({"subresource": name, "responseKind": kind, "verbs": ["get", "patch", "update"]}));
+    };
+    if resource.status_subresource {
+        part("status", &kind);
+    }
+    if resource.scale.is_some() {
+        part(
+            "scale",
+            &json!({"group": "autoscaling", "version": "v1", "kind": "Scale"}),
+        );
+    }
+    if !parts.is_empty() {
+        entry["subresources"] = json!(parts);
+    }
+    entry
+}
+
 fn document_path(group: &str, version: &str) -> String {
     if group.is_empty() {
         format!("api/{version}")

@@ -35,6 +35,8 @@ pub(crate) struct ApiError {
     /// Group, resource (or kind) and name, where an object is concerned.
     pub(crate) details: Option<(String, String, String)>,
     pub(crate) causes: Vec<Cause>,
+    /// Where a list that came too late may go on nevertheless.
+    pub(crate) next_page: Option<String>,
 }
 
 impl ApiError {
@@ -45,6 +47,7 @@ impl ApiError {
             message: message.into(),
             details: None,
             causes: Vec::new(),
+            next_page: None,
         }
     }
 
@@ -165,6 +168,9 @@ impl ApiError {
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
             "message": self.message, "reason": self.reason, "code": self.code.as_u16(),
         });
+        if let Some(token) = &self.next_page {
+            status["metadata"]["continue"] = json!(token);
+        }
         // An error of no known kind has no reason.
         if let (true, Some(status)) = (self.reason.is_empty(), status.as_object_mut()) {
             status.remove("reason");

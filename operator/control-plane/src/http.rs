@@ -100,6 +100,16 @@ impl Api {
         let path = parts.uri.path().trim_end_matches('/');
         let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
         let resources = &self.registry.resources;
+        if let (["api" | "apis"], &Method::GET) = (segments.as_slice(), &parts.method)
+            && let Some(content_type) = discovery::wants_aggregated(accepted(&parts.headers))
+        {
+            let document = discovery::aggregated(resources, segments == ["api"]);
+            return Ok(response(
+                StatusCode::OK,
+                content_type,
+                Body::from(document.to_string()),
+            ));
+        }
         let document = match segments.as_slice() {
             ["healthz" | "livez" | "readyz", ..] => return Ok(text_response("ok")),
             ["version"] => Some(discovery::version()),
@@ -457,11 +467,13 @@ fn review(
     Ok(json_response(StatusCode::CREATED, &review))
 }
 
+fn accepted(headers: &HeaderMap) -> &str {
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
+    accept.unwrap_or_default()
+}
+
 fn view(headers: &HeaderMap, query: &HashMap<String, String>) -> Result<View, ApiError> {
-    let accept = headers
-        .get(ACCEPT)
-        .and_then(|v| v.to_str().ok())
-        .unwrap_or_default();
+    let accept = accepted(headers);
     for option in accept.split(',') {
         if option.contains("as=Table") {
             let include = query.get("includeObject").cloned().unwrap_or_default();

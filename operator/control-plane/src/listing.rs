@@ -41,7 +41,8 @@ pub(crate) fn get(
 /// Where the next page begins.
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Continue {
-    revision: u64,
+    /// None: as it is by then. Such a token comes with the refusal of one whose revision is forgotten.
+    revision: Option<u64>,
     namespace: String,
     name: String,
 }
@@ -74,12 +75,11 @@ pub(crate) fn list(
         .then(|| get("resourceVersion").map(parse_revision))
         .flatten()
         .transpose()?;
-    let (mut objects, revision) = snapshot(
-        registry,
-        resource,
-        namespace,
-        after.as_ref().map(|a| a.revision).or(exact),
-    )?;
+    let asked = after.as_ref().and_then(|after| after.revision).or(exact);
+    let (mut objects, revision) = match snapshot(registry, resource, namespace, asked) {
+        Ok(snapshot) => snapshot,
+        Err(Forgotten) => return Err(too_old(after)),
+    };
     objects.retain(|(_, object)| selector.matches(object));
     if let Some(after) = &after {
         objects.retain(|(key, _)| (&key.namespace, &key.name) > (&after.namespace, &after.name));
@@ -93,7 +93,7 @@ pub(crate) fn list(
         && let Some((key, _)) = objects.last()
     {
         metadata["continue"] = json!(write_token(&Continue {
-            revision,
+            revision: Some(revision),
             namespace: key.namespace.clone(),
             name: key.name.clone()
         }));
@@ -187,6 +187,23 @@ pub(crate) fn check_options<'a>(
     version.map(parse_revision).transpose().map(drop)
 }
 
+/// A list that comes too late; of a page, with the token of a next page that need not fit to the ones before.
+fn too_old(after: Option<Continue>) -> ApiError {
+    let Some(after) = after else {
+        return ApiError::expired("The resourceVersion for the provided list is too old.");
+    };
+    let mut error = ApiError::expired(
+        "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter, or use the continue token in this response to retrieve the remainder of the results. Continuing with the provided token results in an inconsistent list - objects that were created, modified, or deleted between the time the first chunk was returned and now may show up in the list.",
+    );
+    let revision = None;
+    error.next_page = Some(write_token(&Continue { revision, ..after }));
+    error
+}
+
+/// The revision that was asked for is not remembered.
+#[derive(Debug)]
+pub(crate) struct Forgotten;
+
 pub(crate) type Snapshot = (Vec<(Key, Arc<Value>)>, u64);
 
 /// The objects of a resource (in a namespace, unless empty) now or at a revision, in order of their keys.
@@ -195,7 +212,7 @@ pub(crate) fn snapshot(
     resource: &Resource,
     namespace: &str,
     revision: Option<u64>,
-) -> Result<Snapshot, ApiError> {
+) -> Result<Snapshot, Forgotten> {
     if resource.kind == "CustomResourceDefinition" {
         let named = |crd: &Value| {
             Key::new(
@@ -218,12 +235,7 @@ pub(crate) fn snapshot(
         None => Ok(registry.store.list(&resource.storage, namespace)),
         Some(revision) => {
             let objects = registry.store.list_at(&resource.storage, namespace, revision);
-            let expired = |_| {
-                ApiError::expired(
-                    "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter.",
-                )
-            };
-            Ok((objects.map_err(expired)?, revision))
+            Ok((objects.map_err(|_| Forgotten)?, revision))
         }
     }
 }

@@ -215,6 +215,48 @@ pub(crate) fn keep_or_take_entries(old: &Value, new: &mut Value, subresource: &s
     }
 }
 
+/// Most managers that are recorded for updates. Those beyond it are one, from the oldest on: an object that passes
+/// through many hands would else grow with each. As in the API server.
+const UPDATE_MANAGERS: usize = 10;
+/// The name of that one.
+const OLDEST_MANAGERS: &str = "ancient-changes";
+
+/// Makes one manager of the oldest that updated through the same version, so that no more than
+/// [`UPDATE_MANAGERS`] are left.
+fn cap_update_managers(entries: &mut Vec<Entry>) {
+    let count = |entries: &[Entry]| entries.iter().filter(|entry| entry.operation == "Update").count();
+    if count(entries) <= UPDATE_MANAGERS {
+        return;
+    }
+    // By time, and in one second by how the API server writes them down: as JSON.
+    let mut oldest: Vec<Entry> = entries
+        .extract_if(.., |entry| entry.operation == "Update")
+        .collect();
+    oldest.sort_by_key(|entry| {
+        (
+            entry.time.to_string(),
+            entry.manager.clone(),
+            entry.subresource.clone(),
+        )
+    });
+    let mut kept: Vec<Entry> = Vec::new();
+    let mut left = oldest.len();
+    for entry in oldest {
+        let first = kept.iter_mut().find(|kept| kept.api_version == entry.api_version);
+        match first {
+            Some(first) if left > UPDATE_MANAGERS => {
+                first.manager = OLDEST_MANAGERS.to_owned();
+                first.subresource = String::new();
+                first.set.union(&entry.set);
+                first.time = entry.time;
+                left -= 1;
+            }
+            _ => kept.push(entry),
+        }
+    }
+    entries.append(&mut kept);
+}
+
 /// Records a create, update or patch: what changed now belongs to the writer, what is gone to nobody.
 /// `new` comes with the ownership as it was; see [`keep_or_take_entries`]. Of an object that `exists` and whose
 /// fields nobody owns, ownership is not recorded until somebody applies.
@@ -250,6 +292,7 @@ pub(crate) fn record_update(schema: &Value, exists: bool, old: &Value, new: &mut
             }),
         }
     }
+    cap_update_managers(&mut entries);
     store_entries(new, entries);
 }
 

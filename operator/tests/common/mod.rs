@@ -97,6 +97,7 @@ impl World {
             leader_election,
             metrics_listen: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))),
             identity: identity.to_owned(),
+            forget_after: freehold_operator::FORGET_AFTER,
         };
         let operator = Operator::start(config, line.client(), shutdown.clone())
             .await

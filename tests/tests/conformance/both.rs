@@ -39,12 +39,16 @@ impl Both {
     }
 
     pub async fn start_on(storage: Storage) -> Self {
+        Self::with(ApiServer::start(storage).await.unwrap()).await
+    }
+
+    /// With a real server that is there already.
+    pub async fn with(server: ApiServer) -> Self {
         let control_plane = ControlPlane::open(Options {
             data_dir: None,
             crds: crds(),
         })
         .unwrap();
-        let server = ApiServer::start(storage).await.unwrap();
         let real = server.client().await.unwrap();
         install(&real, &crds()).await.unwrap();
         Self {

@@ -1,5 +1,6 @@
-//! Made-up sequences of operations on two gadgets, by two managers. A sequence that the servers answer
-//! differently is shrunk to the shortest that still does.
+//! Made-up sequences of operations on two gadgets or two config maps, by two managers; each ends with a list of what
+//! is there and a watch of all that came to be. A sequence that the servers answer differently is shrunk to the
+//! shortest that still does.
 //!
 //! `FREEHOLD_TEST_SEQUENCES` says how many; what was found is best kept as a scripted case.
 
@@ -15,12 +16,30 @@ use serde_json::{Map, Value, json};
 
 use crate::both::{Both, SUITE};
 use crate::script::{Case, Step};
-use crate::scripted::run_case;
+use crate::scripted::{NULLED, run_patiently};
 
 /// Sequences of a run that does not say how many.
 const SEQUENCES: u32 = 40;
 /// Most attempts to make a sequence shorter: each is a run on both servers.
 const SHRINKS: u32 = 500;
+
+/// What a sequence is about.
+#[derive(Clone, Copy, Debug)]
+enum Made {
+    /// Of a CustomResourceDefinition: the schema's rules, a status, managed lists and maps.
+    Gadgets,
+    /// Built in: no status, a strategic merge, an object that may turn immutable.
+    ConfigMaps,
+}
+
+impl Made {
+    fn path(self) -> &'static str {
+        match self {
+            Self::Gadgets => "gadgets",
+            Self::ConfigMaps => "configmaps",
+        }
+    }
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_sequences_answer_alike() {
@@ -29,6 +48,8 @@ async fn random_sequences_answer_alike() {
     let asked = std::env::var("FREEHOLD_TEST_SEQUENCES").ok();
     let cases = asked.map_or(SEQUENCES, |text| text.parse().unwrap());
     let number = AtomicUsize::new(0);
+    let (whole, cut_short) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let counted = (Arc::clone(&whole), Arc::clone(&cut_short));
     let run = move || {
         let config = Config {
             cases,
@@ -37,13 +58,16 @@ async fn random_sequences_answer_alike() {
             ..Config::default()
         };
         TestRunner::new(config)
-            .run(&vec(operation(), 1..12), |operations| {
+            .run(&sequence(), |steps| {
                 let case = Case {
                     case: "made up".to_owned(),
-                    steps: operations.into_iter().flatten().collect(),
+                    steps,
                 };
                 let number = 10_000 + number.fetch_add(1, Ordering::Relaxed);
-                let found = handle.block_on(run_case(Arc::clone(&both), number, String::new(), case));
+                let running = run_patiently(Arc::clone(&both), number, "made up".to_owned(), case);
+                let found = handle.block_on(running);
+                let counter = if found.cut_short { &counted.1 } else { &counted.0 };
+                counter.fetch_add(1, Ordering::Relaxed);
                 if found.complaints.is_empty() {
                     Ok(())
                 } else {
@@ -56,6 +80,31 @@ async fn random_sequences_answer_alike() {
     if let Err(why) = outcome.unwrap().unwrap() {
         panic!("{why}");
     }
+    let (whole, cut_short) = (whole.load(Ordering::Relaxed), cut_short.load(Ordering::Relaxed));
+    println!("{whole} sequences were compared to their end, {cut_short} until \"{NULLED}\"");
+    assert!(
+        whole > 2 * cut_short,
+        "most sequences must be compared to their end"
+    );
+}
+
+/// Operations, and then what is there and how it came to be.
+fn sequence() -> impl Strategy<Value = Vec<Step>> {
+    prop_oneof![2 => Just(Made::Gadgets), 1 => Just(Made::ConfigMaps)]
+        .prop_flat_map(|made| (Just(made), vec(operation(made), 1..12)))
+        .prop_map(|(made, operations)| {
+            let path = made.path();
+            let mut start = step(format!("GET {path}"), Value::Null);
+            start
+                .save
+                .insert("start".to_owned(), "/metadata/resourceVersion".to_owned());
+            let watch = format!("WATCH {path}?watch=true&resourceVersion=$start&timeoutSeconds=1");
+            let end = [step(format!("GET {path}"), Value::Null), step(watch, Value::Null)];
+            std::iter::once(start)
+                .chain(operations.into_iter().flatten())
+                .chain(end)
+                .collect()
+        })
 }
 
 fn step(action: String, body: Value) -> Step {
@@ -64,6 +113,8 @@ fn step(action: String, body: Value) -> Step {
         body: Some(body).filter(|body| !body.is_null()),
         text: None,
         content_type: None,
+        accept: None,
+        groups: Vec::new(),
         bare: false,
         save: BTreeMap::new(),
         times: None,
@@ -72,16 +123,31 @@ fn step(action: String, body: Value) -> Step {
 }
 
 /// An operation, and a look at what it left, which keeps the resource version for the next.
-fn operation() -> impl Strategy<Value = Vec<Step>> {
+fn operation(made: Made) -> BoxedStrategy<Vec<Step>> {
     let name = prop_oneof![Just("a"), Just("b")];
     let manager = prop_oneof![Just("one"), Just("two")];
-    let kind = prop_oneof![
+    let common = prop_oneof![
         2 => Just("POST"), 2 => Just("PUT"), 2 => Just("MERGE"), 5 => Just("APPLY"), 2 => Just("FORCE"),
-        2 => Just("STATUS"), 1 => Just("APPLYSTATUS"), 1 => Just("DELETE"), 1 => Just("FINALIZERS"), 1 => Just("STALE"),
+        1 => Just("DELETE"), 1 => Just("FINALIZERS"), 1 => Just("STALE"),
     ];
-    (kind, name, manager, spec(), metadata(), status()).prop_map(
-        |(kind, name, manager, spec, metadata, status)| {
-            let mut whole = json!({"metadata": metadata, "spec": spec});
+    let (kind, content) = match made {
+        Made::Gadgets => {
+            let kind = prop_oneof![16 => common, 2 => Just("STATUS"), 1 => Just("APPLYSTATUS")];
+            (
+                kind.boxed(),
+                spec().prop_map(|spec| json!({"spec": spec})).boxed(),
+            )
+        }
+        Made::ConfigMaps => (
+            prop_oneof![16 => common, 3 => Just("STRATEGIC")].boxed(),
+            data().boxed(),
+        ),
+    };
+    let plural = made.path();
+    (kind, name, manager, content, metadata(), status())
+        .prop_map(move |(kind, name, manager, content, metadata, status)| {
+            let mut whole = content;
+            whole["metadata"] = metadata;
             whole["metadata"]["name"] = json!(name);
             let with_version = |mut whole: Value, version: &str| {
                 whole["metadata"]["resourceVersion"] = json!(version);
@@ -89,26 +155,46 @@ fn operation() -> impl Strategy<Value = Vec<Step>> {
             };
             let current = format!("$version{name}");
             let own_status = json!({"metadata": {"name": name}, "status": status});
-            let path = format!("gadgets/{name}?fieldManager={manager}");
-            let status_path = format!("gadgets/{name}/status?fieldManager={manager}");
+            let path = format!("{plural}/{name}?fieldManager={manager}");
+            let status_path = format!("{plural}/{name}/status?fieldManager={manager}");
             let done = match kind {
-                "POST" => step(format!("POST gadgets?fieldManager={manager}"), whole),
+                "POST" => step(format!("POST {plural}?fieldManager={manager}"), whole),
                 "PUT" => step(format!("PUT {path}"), with_version(whole, &current)),
                 "STALE" => step(format!("PUT {path}"), with_version(whole, "1")),
+                "STRATEGIC" => step(format!("STRATEGIC {path}"), whole),
                 "MERGE" => step(format!("MERGE {path}"), whole),
                 "APPLY" => step(format!("APPLY {path}"), whole),
                 "FORCE" => step(format!("APPLY {path}&force=true"), whole),
                 "STATUS" => step(format!("MERGE {status_path}"), json!({"status": status})),
                 "APPLYSTATUS" => step(format!("APPLY {status_path}"), own_status),
-                "DELETE" => step(format!("DELETE gadgets/{name}"), Value::Null),
+                "DELETE" => step(format!("DELETE {plural}/{name}"), Value::Null),
                 _ => step(format!("MERGE {path}"), json!({"metadata": {"finalizers": null}})),
             };
-            let mut look = step(format!("GET gadgets/{name}"), Value::Null);
+            let mut look = step(format!("GET {plural}/{name}"), Value::Null);
             look.save
                 .insert(format!("version{name}"), "/metadata/resourceVersion".to_owned());
             vec![done, look]
-        },
-    )
+        })
+        .boxed()
+}
+
+/// What a config map holds. A key may stand in both maps, which is refused.
+fn data() -> impl Strategy<Value = Value> {
+    let texts = some(vec![
+        ("a", one_of(&["1", "2"])),
+        ("b", one_of(&["1", "2"])),
+        ("c", one_of(&["3"])),
+    ]);
+    let bytes = some(vec![("y", one_of(&["AAE=", "AAI="])), ("c", one_of(&["AAM="]))]);
+    let full = |map: &Value| *map != json!({});
+    some(vec![
+        ("data", texts.prop_filter("empty", full).boxed()),
+        ("binaryData", bytes.prop_filter("empty", full).boxed()),
+        (
+            "immutable",
+            prop_oneof![9 => Just(json!(false)), 1 => Just(json!(true))].boxed(),
+        ),
+    ])
 }
 
 fn some(fields: Vec<(&'static str, BoxedStrategy<Value>)>) -> impl Strategy<Value = Value> {

@@ -107,6 +107,12 @@ pub struct Step {
     /// Content type, where it is not the usual one of the method.
     #[serde(default)]
     pub content_type: Option<String>,
+    /// What the client reads, where it is not the usual one of the method.
+    #[serde(default)]
+    pub accept: Option<String>,
+    /// Of the lists of groups in the answer, only these are compared: who serves more tells of more.
+    #[serde(default)]
+    pub groups: Vec<String>,
     #[serde(default)]
     pub bare: bool,
     /// Name to JSON pointer.
@@ -125,6 +131,14 @@ impl Step {
     pub fn code(&self) -> Option<u16> {
         let (_, code) = self.action.split_once("->")?;
         Some(code.trim().parse().unwrap())
+    }
+
+    /// Whether the real server may answer from a cache that lags behind its store: watches do, and lists that name a
+    /// resource version.
+    pub fn asks_a_cache(&self) -> bool {
+        self.action.contains("watch=")
+            || self.action.contains("/watch/")
+            || self.action.contains("resourceVersion=")
     }
 
     /// The request, with `saved` put in.
@@ -177,9 +191,31 @@ impl Step {
                 .content_type
                 .clone()
                 .or(content_type.filter(|_| has_body).map(str::to_owned)),
-            accept: accept.map(str::to_owned),
+            accept: self.accept.clone().or(accept.map(str::to_owned)),
             body: fill(&text, saved),
         }
+    }
+
+    /// The answer with the groups that are compared.
+    pub fn compared(&self, mut answer: Answer) -> Answer {
+        if self.groups.is_empty() {
+            return answer;
+        }
+        for list in ["groups", "items"] {
+            if let Some(Value::Array(groups)) = answer.body.get_mut(list) {
+                let name = |group: &Value| {
+                    group
+                        .get("name")
+                        .or_else(|| group.pointer("/metadata/name"))
+                        .cloned()
+                };
+                groups.retain(|group| {
+                    name(group).is_some_and(|name| self.groups.iter().any(|kept| name == kept.as_str()))
+                });
+                groups.sort_by_key(|group| name(group).map(|name| name.to_string()));
+            }
+        }
+        answer
     }
 
     /// Keeps what the step asks for.

@@ -394,7 +394,14 @@ async fn is_upgraded(world: &World, traffic: &Traffic) {
     assert_eq!(after.0, before.0, "questions failed");
 }
 
+/// Until now nobody of Freehold's asked the API server for more than it was granted, or was refused anything.
+fn keeps_to_its_rights(world: &World) {
+    let beyond = world.cluster.server.beyond_grants(&world.person, (0, 0)).unwrap();
+    assert!(beyond.is_empty(), "{beyond:#?}");
+}
+
 async fn leaves_what_the_user_owns(world: &World) {
+    keeps_to_its_rights(world);
     world
         .person
         .helm(
@@ -573,4 +580,5 @@ async fn an_operator_that_is_cut_off_is_replaced() {
         other => Err(other.to_owned()),
     };
     world.until("it is back", look).await;
+    keeps_to_its_rights(&world);
 }
