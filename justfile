@@ -60,6 +60,10 @@ bench-model FILE *ARGS:
 soak SECONDS="1800":
     FREEHOLD_SOAK_SECONDS={{SECONDS}} cargo test -p freehold-engine --test soak -- --nocapture
 
+# Greedy answers beside candle-transformers, token by token: all the tests' prompts, of SmolLM2 or of another llama's FILE
+oracle FILE="" TOKENS="64":
+    FREEHOLD_TEST_TOKENS={{TOKENS}} {{ if FILE == "" { "" } else { "FREEHOLD_TEST_ORACLE_FILE=" + FILE } }} cargo test -p freehold-engine --test oracle -- --nocapture
+
 # Fuzzers of model files, templates, texts and requests, SECONDS each; what they find lies in tests/fuzz/artifacts
 fuzz SECONDS="300":
     tests/fuzz/run {{SECONDS}}

@@ -37,6 +37,18 @@ TEMPLATES = ["HuggingFaceTB-SmolLM3-3B", "NousResearch-Hermes-3-Llama-3.1-8B-too
              "ibm-granite-granite-4.0", "meta-llama-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.2-3B-Instruct",
              "microsoft-Phi-3.5-mini-instruct", "mistralai-Mistral-Nemo-Instruct-2407"]
 
+# Gemma 3's stands in a list of templates that Hugging Face keeps in the npm registry.
+GEMMA3_TEMPLATE = ("google-gemma-3-270m-it", "7de1c58e208eda46e9c7f86397df37ec49883aeece39fb961e0a6b24088dd3c4",
+                   "@huggingface/ollama-utils@0.0.18", "library/gemma3:270m")
+# Prints the template of the model that stands first among the arguments: a line of TypeScript that is plain JavaScript.
+READ_TEMPLATE = r"""
+const [model, file] = process.argv.slice(1);
+const lines = require("fs").readFileSync(file, "utf8").split("\n");
+const first = lines.findIndex((line) => line.includes(`model: "${model}"`));
+const literal = lines.slice(first + 1).find((line) => line.includes("gguf:")).trim().slice("gguf:".length);
+process.stdout.write(require("vm").runInNewContext(literal.replace(/,$/, "")));
+"""
+
 
 def pip_download(package, digests, folder, form):
     """One file of a package, which must have one of these sha256: pip keeps no other."""
@@ -152,6 +164,28 @@ def templates(cache):
             put(Path(folder) / f"{name}.jinja", target / f"{name}.jinja")
 
 
+def gemma3_template(cache):
+    name, digest, package, model_name = GEMMA3_TEMPLATE
+    target = cache / "models" / "templates" / f"{name}.jinja"
+    if target.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        print(f"fetching {package}", flush=True)
+        packed = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True,
+                                text=True).stdout.split()[-1]
+        with tarfile.open(Path(folder) / packed) as archive:
+            archive.extractall(folder, filter="data")
+        listed = Path(folder) / "package" / "src" / "chat-template-automap.ts"
+        text = subprocess.run(["node", "-e", READ_TEMPLATE, "--", model_name, listed], check=True, capture_output=True)
+        found = hashlib.sha256(text.stdout).hexdigest()
+        if found != digest:
+            sys.exit(f"{name}: sha256 is {found} and must be {digest}; nothing was kept")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(folder) / name
+        staged.write_bytes(text.stdout)
+        put(staged, target)
+
+
 if __name__ == "__main__":
     cache = Path(sys.argv[1])
     model(cache, *SMOLLM2)
@@ -159,3 +193,4 @@ if __name__ == "__main__":
     encoder(cache)
     kubectl(cache)
     templates(cache)
+    gemma3_template(cache)

@@ -1,7 +1,7 @@
 """Two promises beside llama-server: streams keep their pace while a long prompt is read, and a prompt that was read once
 costs little the second time.
 
-    python3 tests/peers/fairness.py [--rounds 3] [--prompt-words 2800]
+    python3 tests/peers/fairness.py [--rounds 3] [--prompt-words 1300]
 
 Pace: tokens a second of one stream while a prompt of about 4 thousand tokens is read, as a share of its pace before.
 Again: time to the first token of the same prompt of about 2 thousand tokens, as a share of the first time."""

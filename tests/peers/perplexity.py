@@ -2,6 +2,8 @@
 
     python3 tests/peers/perplexity.py            every file; those that are missing are made by llama-quantize
     python3 tests/peers/perplexity.py --only Q8  files whose name holds this text
+    python3 tests/peers/perplexity.py --exact    Freehold in 32-bit floats, and llama.cpp on 32-bit floats of the same file:
+                                                 what is left is no rounding of weights or activations
 
 The text is English documentation that every Python brings with it (pydoc's topics), about 20 thousand tokens."""
 
@@ -19,7 +21,8 @@ from llama_cpp import CACHE, tool
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", CACHE / "target"))
 FREEHOLD = Path(os.environ.get("FREEHOLD_BIN", TARGET / "release" / "freehold"))
 CHARACTERS, WINDOW = 92_000, 512
-KINDS = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_1", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_M", "Q6_K", "Q8_0", "F16")
+KINDS = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_1", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_M", "Q6_K", "Q8_0", "F16",
+         "BF16", "F32")
 
 
 def text():
@@ -44,15 +47,23 @@ def files():
     return found
 
 
-def ours(path, words):
-    said = subprocess.run([FREEHOLD, "bench", path, "--json", "--perplexity", words, "--window", str(WINDOW)], check=True,
-                          capture_output=True, text=True).stdout
+def floats(path):
+    """The weights of a file as 32-bit floats."""
+    target = path.with_name(path.stem + ".as-F32.gguf")
+    models.put(lambda staged: models.quantize(path, staged, "F32", "--allow-requantize"), target)
+    return target
+
+
+def ours(path, words, exact):
+    said = subprocess.run([FREEHOLD, "bench", path, "--json", "--perplexity", words, "--window", str(WINDOW),
+                           *(["--exact"] if exact else [])], check=True, capture_output=True, text=True).stdout
     return json.loads(said)
 
 
-def theirs(path, words):
-    done = subprocess.run([tool("llama-perplexity"), "-m", path, "-f", words, "-c", str(WINDOW), "-b", str(WINDOW)],
-                          check=True, capture_output=True, text=True)
+def theirs(path, words, exact):
+    cache = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"] if exact else []
+    done = subprocess.run([tool("llama-perplexity"), "-m", floats(path) if exact else path, "-f", words,
+                           "-c", str(WINDOW), "-b", str(WINDOW), *cache], check=True, capture_output=True, text=True)
     line = next(line for line in (done.stdout + done.stderr).splitlines() if "Final estimate: PPL" in line)
     return float(line.split("PPL =")[1].split()[0])
 
@@ -60,13 +71,14 @@ def theirs(path, words):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="files whose name holds this text")
+    parser.add_argument("--exact", action="store_true", help="without any rounding on both sides")
     arguments = parser.parse_args()
     words = text()
     print("| file | tokens | Freehold | llama.cpp | difference |\n|---|--:|--:|--:|--:|")
     for name, path in files().items():
         if arguments.only not in name:
             continue
-        our, their = ours(path, words), theirs(path, words)
+        our, their = (side(path, words, arguments.exact) for side in (ours, theirs))
         change = (our["perplexity"] / their - 1) * 100
         print(f"| {name} | {our['counted_tokens']} | {our['perplexity']:.4f} | {their:.4f} | {change:+.3f} % |", flush=True)
 

@@ -1,6 +1,7 @@
 //! The shape of the house, held by a machine: which crate may depend on which.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use cargo_metadata::{DependencyKind, MetadataCommand};
 
@@ -71,6 +72,45 @@ fn operator_and_agent_never_meet_even_in_tests() {
     ]);
     assert!(!all["freehold-operator"].contains("freehold-node-agent"));
     assert!(!all["freehold-node-agent"].contains("freehold-operator"));
+}
+
+/// Every source file below a folder.
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).expect("a folder of this checkout") {
+        let path = entry.expect("an entry of it").path();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        if path.is_dir() && name != "target" && !name.starts_with('.') {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_stands_where_contributing_says() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ lies in it");
+    let mut files = Vec::new();
+    sources(root, &mut files);
+    assert!(files.len() > 100, "{} files", files.len());
+    // In two parts, so that this file is none of them.
+    let allowance = concat!("allow(", "unsafe_code)");
+    let allowing: BTreeSet<String> = files
+        .iter()
+        .filter(|path| std::fs::read_to_string(path).is_ok_and(|text| text.contains(allowance)))
+        .map(|path| path.strip_prefix(root).unwrap_or(path).display().to_string())
+        .collect();
+    let places = [
+        "node-agent/engine/src/kernels/mod.rs",
+        "node-agent/engine/src/mmap.rs",
+    ];
+    assert_eq!(allowing, BTreeSet::from(places.map(str::to_owned)));
 }
 
 #[test]

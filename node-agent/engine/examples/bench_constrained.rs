@@ -105,8 +105,8 @@ fn ask(engine: &Engine, constraint: Option<Constraint>) -> (GenerationHandle, Re
         constraint,
         stop: Vec::new(),
         sampling: SamplingParams {
-            // SmolLM2's tokens that end an answer: the free ones must not.
-            logit_bias: vec![(0, -100.0), (2, -100.0)],
+            // The free ones must not end before the others.
+            logit_bias: ends(engine).map(|token| (token, -100.0)).collect(),
             ..SamplingParams::default()
         },
     };
@@ -122,6 +122,12 @@ fn ask(engine: &Engine, constraint: Option<Constraint>) -> (GenerationHandle, Re
             std::process::exit(1);
         }
     }
+}
+
+/// Tokens that end an answer.
+fn ends(engine: &Engine) -> impl Iterator<Item = u32> {
+    let tokenizer = engine.tokenizer();
+    (0..tokenizer.vocab_size() as u32).filter(|&token| tokenizer.is_end_of_generation(token))
 }
 
 /// Tokens a second of all answers together, from the first that began to write to the last that ended.

@@ -16,10 +16,17 @@ Ships from the south bring copper, salt and oranges; ships from the north bring 
 In the year 1412 a fire destroyed the eastern quay, and the council ordered that every warehouse be rebuilt \
 in stone. The lighthouse, which still stands, was paid for by a tax of one penny on every barrel of herring.";
 
-fn prompts() -> Vec<(&'static str, Prompt)> {
-    let chat = |text: String| Prompt::Chat {
-        messages: json!([{"role": "user", "content": text}]),
-        tools: None,
+fn prompts(engine: &Engine) -> Vec<(&'static str, Prompt)> {
+    let chat = |text: String| {
+        let messages = json!([{"role": "user", "content": text}]);
+        match engine.render_chat(&messages, None) {
+            Ok(_) => Prompt::Chat {
+                messages,
+                tools: None,
+            },
+            // A model without a template completes text.
+            Err(_) => Prompt::Text(format!("{text}\n\n")),
+        }
     };
     let rows = (0..12)
         .map(|i| format!("{{\"id\": {i}, \"name\": \"item {i}\", \"in_stock\": true, \"colour\": \"blue\"}}"))
@@ -67,7 +74,7 @@ fn main() {
             context_length: Some(2048),
             max_sequences: 1,
             speculate,
-            draft: draft.clone(),
+            draft: draft.clone().filter(|_| speculate),
             ..EngineOptions::default()
         };
         match Engine::load(Path::new(&path), &options, |_| ()) {
@@ -82,7 +89,7 @@ fn main() {
         "{:10} {:>9} {:>9} {:>7} {:>9} {:>9}",
         "text", "plain/s", "guess/s", "ratio", "guessed", "true"
     );
-    for (name, prompt) in prompts() {
+    for (name, prompt) in prompts(&engines[0]) {
         let mut rates = [Vec::new(), Vec::new()];
         let before = engines[1].progress();
         for _ in 0..runs {
@@ -104,6 +111,12 @@ fn main() {
     }
 }
 
+/// Tokens that end an answer.
+fn ends(engine: &Engine) -> impl Iterator<Item = u32> {
+    let tokenizer = engine.tokenizer();
+    (0..tokenizer.vocab_size() as u32).filter(|&token| tokenizer.is_end_of_generation(token))
+}
+
 /// Tokens a second after the first, greedily.
 fn decode(engine: &Engine, prompt: &Prompt) -> f64 {
     let request = GenerateRequest {
@@ -115,7 +128,8 @@ fn decode(engine: &Engine, prompt: &Prompt) -> f64 {
         constraint: None,
         stop: Vec::new(),
         sampling: SamplingParams {
-            logit_bias: vec![(0, -100.0), (2, -100.0)],
+            // Every answer reaches the same length.
+            logit_bias: ends(engine).map(|token| (token, -100.0)).collect(),
             ..SamplingParams::default()
         },
     };

@@ -142,6 +142,26 @@ fn texts_beyond_the_positions_are_refused() {
 }
 
 #[test]
+fn texts_that_nobody_waits_for_any_more_are_not_computed() {
+    let engine = engine();
+    // Four texts fill a portion.
+    let texts = vec![Prompt::Tokens(vec![2003; 250]); 12];
+    let asked = std::cell::Cell::new(0);
+    let wanted = || {
+        asked.set(asked.get() + 1);
+        // Once a text while they are read, once a portion then: two of three portions.
+        asked.get() <= 12 + 2
+    };
+    assert_eq!(engine.embed_while(&texts, wanted).err(), Some(Reject::Stopping));
+    assert_eq!(engine.progress().steps, 2);
+    assert_eq!(engine.progress().prompt_tokens, 8 * 250);
+    // One that does not fit refuses all, and nothing is computed.
+    let texts = [texts, vec![Prompt::Tokens(vec![2003; 513])]].concat();
+    assert!(matches!(engine.embed(&texts), Err(Reject::PromptTooLong { .. })));
+    assert_eq!(engine.progress().steps, 2);
+}
+
+#[test]
 fn an_encoder_does_not_write() {
     let request = common::ask::request(vec![101], 4);
     let refused = common::ask::ask(&engine(), request).err().unwrap();

@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::models::{quantized_llama, quantized_phi3, quantized_qwen2, quantized_qwen3};
 use common::ask::{answer, request, tokens};
 use common::gguf::{
-    F32, Gguf, Tensor as Stored, tiny_granite, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3,
+    F32, Gguf, Tensor as Stored, tiny_gemma_of, tiny_granite, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3,
 };
 use freehold_engine::{Engine, EngineOptions, KvType};
 
@@ -123,15 +123,6 @@ fn phi3() {
 /// What Granite multiplies with can be multiplied into a llama's weights beforehand.
 #[test]
 fn granite_is_a_llama_with_its_factors_in_the_weights() {
-    let times = |factor: f32| {
-        move |tensor: &mut Stored| {
-            assert_eq!(tensor.kind, F32);
-            for four in tensor.data.chunks_exact_mut(4) {
-                let x = f32::from_le_bytes(<[u8; 4]>::try_from(&*four).unwrap());
-                four.copy_from_slice(&(x * factor).to_le_bytes());
-            }
-        }
-    };
     let mut folded = tiny_llama();
     let words = folded
         .tensors
@@ -157,6 +148,60 @@ fn granite_is_a_llama_with_its_factors_in_the_weights() {
         let mut model = quantized_llama::ModelWeights::from_gguf(content, file, &Device::Cpu).unwrap();
         Box::new(move |input, position| model.forward(input, position))
     });
+}
+
+/// Multiplies the 32-bit floats of a tensor.
+fn times(factor: f32) -> impl Fn(&mut Stored) {
+    move |tensor: &mut Stored| {
+        assert_eq!(tensor.kind, F32);
+        for four in tensor.data.chunks_exact_mut(4) {
+            let x = f32::from_le_bytes(<[u8; 4]>::try_from(&*four).unwrap());
+            four.copy_from_slice(&(x * factor).to_le_bytes());
+        }
+    }
+}
+
+/// A Gemma 3 of 62 layers (27B) divides products of queries and keys by the root of hidden size / heads, 8 here;
+/// one of 61 by that of a head's size, 16. So the first is the second with its queries made greater, when the last
+/// layer adds nothing. On the kernels and through candle's tensors.
+#[test]
+fn gemma_27b_divides_attention_by_the_root_of_hidden_size_by_heads() {
+    let mut last = tiny_gemma_of(62, 4);
+    for part in ["post_attention_norm", "post_ffw_norm"] {
+        last = last.edit(&format!("blk.61.{part}.weight"), times(0.0));
+    }
+    let mut kin = tiny_gemma_of(61, 4);
+    for layer in 0..61 {
+        kin = kin.edit(&format!("blk.{layer}.attn_q_norm.weight"), times(2.0_f32.sqrt()));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let say = |name: &str, file: &Gguf, through_candle: bool| {
+        let folder = folder.path().join(format!("{name}-{through_candle}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        let options = EngineOptions {
+            kv_type: KvType::F32,
+            exact: true,
+            through_candle,
+            ..EngineOptions::default()
+        };
+        let engine = Engine::load(&file.write(&folder), &options, |_| ()).unwrap();
+        let mut request = request(tokens(&engine, "hello world hello hell"), 6);
+        request.sampling.logprobs = Some(1);
+        let answer = answer(&engine, request);
+        answer
+            .tokens
+            .iter()
+            .map(|token| token.logprob)
+            .collect::<Vec<f32>>()
+    };
+    let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    for through_candle in [false, true] {
+        let expected = say("kin", &kin, through_candle);
+        let found = say("27b", &last, through_candle);
+        assert!(apart(&found, &expected) < 1e-3, "{found:?} and {expected:?}");
+        let plain = say("plain", &tiny_gemma_of(61, 4), through_candle);
+        assert!(apart(&plain, &expected) > 1e-2, "the divisor tells: {plain:?}");
+    }
 }
 
 /// A context beyond the first is served with the long divisors, a shorter one with the short ones.

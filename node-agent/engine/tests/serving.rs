@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 use common::ask::{answer, ask, eventually, request, tokens};
 use common::{PROMPTS, SMOLLM2, model};
 use freehold_engine::{
-    Engine, EngineOptions, FinishReason, GenerateEvent, GenerateRequest, Prompt, Reject, SamplingParams,
+    Constraint, Engine, EngineOptions, FinishReason, GenerateEvent, GenerateRequest, Prompt, Reject,
+    SamplingParams,
 };
 
 fn engine(max_sequences: u32, max_queued: u32) -> Engine {
@@ -191,6 +192,74 @@ fn a_full_queue_refuses_and_those_in_it_are_served_in_order() {
     drop(handles);
     eventually("everything is given back", || idle(&engine));
     assert!(ask(&engine, request(tokens(&engine, PROMPTS[4]), 4)).is_ok());
+}
+
+#[test]
+fn callers_take_turns_and_each_is_served_in_order() {
+    let engine = engine(1, 6);
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let mut first = endless(&engine);
+    first.scope = "many".to_owned();
+    let running = ask(&engine, first).unwrap();
+    running.wait_for_text();
+    let (sender, done) = channel();
+    let callers = ["many", "many", "many", "few", "many", "few"];
+    let handles: Vec<_> = callers
+        .iter()
+        .enumerate()
+        .map(|(index, caller)| {
+            let (order, sender) = (Arc::clone(&order), sender.clone());
+            let sink = Box::new(move |event| {
+                match event {
+                    GenerateEvent::Started { .. } => order.lock().unwrap().push(index),
+                    GenerateEvent::Finished(_) => drop(sender.send(())),
+                    GenerateEvent::Text { .. } => {}
+                }
+                ControlFlow::Continue(())
+            });
+            let mut request = request(tokens(&engine, PROMPTS[index]), 2);
+            request.scope = (*caller).to_owned();
+            engine.generate(request, sink).unwrap()
+        })
+        .collect();
+    drop(sender);
+    eventually("six wait", || engine.progress().queued == 6);
+    drop(running.handle);
+    assert_eq!(done.iter().count(), 6);
+    assert_eq!(*order.lock().unwrap(), [3, 0, 5, 1, 2, 4]);
+    drop(handles);
+}
+
+/// Who finds the queue full is told so before anything of the request is looked at; and a request that is refused
+/// for what it asks for gives its place back.
+#[test]
+fn a_full_queue_costs_no_compile_and_a_refused_request_keeps_no_place() {
+    let engine = engine(1, 0);
+    let unfollowable = || {
+        let mut request = request(tokens(&engine, PROMPTS[0]), 4);
+        request.constraint = Some(Constraint::Regex("(".to_owned()));
+        request
+    };
+    let running = ask(&engine, endless(&engine)).unwrap();
+    running.wait_for_text();
+    let refused = ask(&engine, unfollowable()).err();
+    assert!(matches!(refused, Some(Reject::QueueFull { .. })), "{refused:?}");
+    drop(running.handle);
+    eventually("everything is given back", || idle(&engine));
+    for _ in 0..3 {
+        let refused = ask(&engine, unfollowable()).err();
+        assert!(
+            matches!(refused, Some(Reject::InvalidRequest { .. })),
+            "{refused:?}"
+        );
+        let refused = ask(&engine, request(vec![u32::MAX], 4)).err();
+        assert!(
+            matches!(refused, Some(Reject::InvalidRequest { .. })),
+            "{refused:?}"
+        );
+    }
+    let served = ask(&engine, request(tokens(&engine, PROMPTS[0]), 4)).expect("the only place is free");
+    assert_eq!(served.wait().finished.completion_tokens, 4);
 }
 
 #[test]

@@ -57,7 +57,7 @@ impl Reference {
     }
 }
 
-/// GPT-2's rules, Llama 3's and Qwen 2's, as their published tokenizer.json have them.
+/// The rules of families, as their published tokenizer.json have them; `default` is llama.cpp's.
 fn pre_tokenizer(name: &str) -> serde_json::Value {
     let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
     let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
@@ -67,12 +67,28 @@ fn pre_tokenizer(name: &str) -> serde_json::Value {
             let digits = json!({"type": "Digits", "individual_digits": true});
             return json!({"type": "Sequence", "pretokenizers": [digits, byte_level(true)]});
         }
-        "llama-bpe" => split(
+        "llama-bpe" | "llama3" | "dbrx" => split(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         ),
         "qwen2" => split(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         ),
+        "tekken" => split(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        "gpt-4o" => split(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        "default" => {
+            let splits = [
+                split(r"[\p{P}\$\+<=>\^~\|]+"),
+                split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
+                split(r"\p{N}+"),
+                split("[0-9][0-9][0-9]"),
+                byte_level(false),
+            ];
+            return json!({"type": "Sequence", "pretokenizers": splits});
+        }
         other => panic!("no rules for {other}"),
     };
     json!({"type": "Sequence", "pretokenizers": [first, byte_level(false)]})
@@ -193,7 +209,16 @@ fn byte_level_bpe_equals_the_reference() {
 
 #[test]
 fn every_familys_rules_cut_words_as_the_reference_does() {
-    for (name, ignore_merges) in [("gpt-2", false), ("llama-bpe", true), ("qwen2", false)] {
+    for (name, ignore_merges) in [
+        ("gpt-2", false),
+        ("llama-bpe", true),
+        ("llama3", true),
+        ("dbrx", false),
+        ("qwen2", false),
+        ("tekken", true),
+        ("gpt-4o", false),
+        ("default", false),
+    ] {
         let (ours, reference) = (with_rules(name), byte_level(name, ignore_merges));
         for text in &*TEXTS {
             let (ours, theirs) = (ours.encode(text, PLAIN), reference.encode(text));
@@ -321,7 +346,13 @@ fn hostile_texts_take_time_in_proportion() {
         ("control", "\u{1}".repeat(LENGTH)),
     ];
     let mut slowest = (Duration::ZERO, String::new());
-    for (name, ours) in [("SmolLM2", &*SMOLLM2_OURS), ("Gemma 3", &*GEMMA3_OURS)] {
+    let (tekken, unnamed) = (with_rules("tekken"), with_rules("default"));
+    for (name, ours) in [
+        ("SmolLM2", &*SMOLLM2_OURS),
+        ("Gemma 3", &*GEMMA3_OURS),
+        ("Tekken", &tekken),
+        ("no rules named", &unnamed),
+    ] {
         for (what, text) in &runs {
             let started = Instant::now();
             let tokens = ours.encode(text, PLAIN);

@@ -171,7 +171,6 @@ fn load(args: &WorkerArgs) -> Result<(Engine, WorkerReady), LoadModel> {
     Ok((engine, ready))
 }
 
-/// The reason for the status, and whether a retry would end the same way.
 /// Checks the draft model's bytes. Those of the model itself the agent has checked.
 fn check_draft(args: &WorkerArgs) -> Result<(), LoadModel> {
     let (Some(path), Some(expected)) = (&args.draft, &args.draft_sha256) else {
@@ -199,6 +198,7 @@ fn check_draft(args: &WorkerArgs) -> Result<(), LoadModel> {
     }))
 }
 
+/// The reason for the status, and whether a retry would end the same way.
 fn classify(problem: &LoadModel) -> (&'static str, bool) {
     match problem {
         LoadModel::Draft { source, .. } => classify(source),
@@ -263,8 +263,8 @@ fn lower_privileges() {
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
 }
 
-/// Environment that a worker needs beyond its arguments: candle's own threads, which the encoder computes
-/// on, take their number from there.
+/// Environment that a worker needs beyond its arguments: candle's own threads, where it has work for
+/// them, take their number from there.
 pub(crate) fn environment(threads: Option<u32>) -> Option<(OsString, OsString)> {
     threads.map(|threads| ("RAYON_NUM_THREADS".into(), threads.to_string().into()))
 }

@@ -232,28 +232,18 @@ async fn embed(State(served): State<Served>, body: Bytes) -> Result<Json<EmbedRe
         .acquire_owned()
         .await
         .map_err(|error| Refused::internal(&error))?;
-    // A caller that leaves while it waits is gone here; once begun, its texts are computed one by one
-    // until the handle below is dropped.
+    // A caller that leaves while it waits is gone here; once begun, its texts are computed in portions, until
+    // the handle below is dropped.
     let left = Arc::new(());
     let watch = Arc::downgrade(&left);
     let embedded = tokio::task::spawn_blocking(move || {
         let (_present, _turn) = (present, turn);
-        let mut reply = EmbedReply {
-            vectors: Vec::with_capacity(call.input.len()),
-            prompt_tokens: 0,
-        };
-        for input in call.input {
-            if watch.strong_count() == 0 {
-                return Err(Reject::Stopping);
-            }
-            let text: Prompt = convert::embed_input(input);
-            let embedded = served.engine.embed(std::slice::from_ref(&text))?;
-            reply.prompt_tokens = reply
-                .prompt_tokens
-                .saturating_add(convert::count(embedded.prompt_tokens));
-            reply.vectors.extend(embedded.vectors);
-        }
-        Ok(reply)
+        let texts: Vec<Prompt> = call.input.into_iter().map(convert::embed_input).collect();
+        let embedded = served.engine.embed_while(&texts, || watch.strong_count() > 0)?;
+        Ok::<_, Reject>(EmbedReply {
+            vectors: embedded.vectors,
+            prompt_tokens: convert::count(embedded.prompt_tokens),
+        })
     });
     let reply = embedded.await.map_err(|error| Refused::internal(&error))??;
     drop(left);
@@ -263,6 +253,65 @@ async fn embed(State(served): State<Served>, body: Bytes) -> Result<Json<EmbedRe
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The encoder that `./tests/run` fetched, behind the worker's handlers.
+    fn encoder() -> Served {
+        let models = std::env::var_os("FREEHOLD_TEST_MODELS").map_or_else(
+            || {
+                let cache = std::env::var_os("XDG_CACHE_HOME").map(std::path::PathBuf::from);
+                let home = std::path::PathBuf::from(std::env::var_os("HOME").expect("HOME is set"));
+                cache
+                    .unwrap_or_else(|| home.join(".cache"))
+                    .join("freehold/models")
+            },
+            std::path::PathBuf::from,
+        );
+        let engine = Engine::load(
+            &models.join("all-MiniLM-L6-v2"),
+            &freehold_engine::EngineOptions::default(),
+            |_| (),
+        )
+        .expect("run ./tests/run, which fetches the test models");
+        let ready = WorkerReady {
+            facts: crate::store::facts::describe(engine.facts(), None, false),
+            context_length: 512,
+            load_ms: 0,
+            device: freehold_crds::Device::Cpu,
+            device_reason: None,
+        };
+        Served {
+            engine,
+            embedding: Embedding::new(4),
+            ready: Arc::new(ready),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_texts_of_a_call_are_computed_together() {
+        let served = encoder();
+        let texts: Vec<String> = (0..40).map(|i| format!("text number {i}")).collect();
+        let texts: Vec<_> = texts
+            .iter()
+            .map(|text| serde_json::json!({"text": text}))
+            .collect();
+        let body = serde_json::json!({"request_id": "r", "input": texts}).to_string();
+        let reply = embed(State(served.clone()), body.into())
+            .await
+            .ok()
+            .expect("vectors")
+            .0;
+        assert_eq!(reply.vectors.len(), 40);
+        assert_eq!(
+            served.engine.progress().steps,
+            1,
+            "one portion holds 40 short texts"
+        );
+        let alone = served
+            .engine
+            .embed(&[Prompt::Text("text number 7".to_owned())])
+            .expect("a vector");
+        assert_eq!(reply.vectors[7], alone.vectors[0], "and each is what it is alone");
+    }
 
     #[test]
     fn embedding_calls_beyond_the_queue_are_told_to_come_again() {

@@ -57,6 +57,9 @@ pub struct Arguments {
     /// Tokens in a window of --perplexity
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
     pub window: usize,
+    /// Compute --perplexity in 32-bit floats throughout: what rounding costs is the difference
+    #[arg(long, requires = "perplexity")]
+    pub exact: bool,
     /// Measure concurrent chats too: through this gateway, or without URL through one started for it
     #[arg(long, value_name = "URL", num_args = 0..=1)]
     pub http: Option<Option<String>>,
@@ -108,13 +111,21 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         bandwidth,
         perplexity,
         window,
+        exact,
         http,
         chats,
         answer_tokens,
         api_key,
     } = arguments;
     if let Some(text) = perplexity {
-        return read(PathBuf::from(model), text, window, threads, json).await;
+        let reading = perplexity::Reading {
+            model: PathBuf::from(model),
+            text,
+            window,
+            exact,
+            threads,
+        };
+        return read(reading, json).await;
     }
     let plan = Plan {
         threads,
@@ -174,11 +185,11 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
-async fn read(model: PathBuf, text: PathBuf, window: usize, threads: Option<u32>, json: bool) -> Result<()> {
+async fn read(reading: perplexity::Reading, json: bool) -> Result<()> {
     let bar = progress(1);
     let bar_there = bar.clone();
     let measured = tokio::task::spawn_blocking(move || {
-        perplexity::measure(&model, &text, window, threads, |done, all| {
+        perplexity::measure(&reading, |done, all| {
             bar_there.set_length(all as u64);
             bar_there.set_message("windows read");
             bar_there.set_position(done as u64);

@@ -4,11 +4,26 @@
 //! a model whose texts begin with a token of their own sees that token in the place of each window's first.
 //! Source: llama.cpp, `tools/perplexity`.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use freehold_engine::{Engine, EngineOptions, Special};
+use freehold_engine::{Engine, EngineOptions, KvType, Special};
 use serde::Serialize;
+
+/// What to read, and how.
+#[derive(Debug)]
+pub struct Reading {
+    /// GGUF file.
+    pub model: PathBuf,
+    /// UTF-8 text of at least two windows.
+    pub text: PathBuf,
+    /// Tokens in a window.
+    pub window: usize,
+    /// In 32-bit floats throughout, the cache too.
+    pub exact: bool,
+    /// Threads that compute.
+    pub threads: Option<u32>,
+}
 
 /// What was found.
 #[derive(Debug, Serialize)]
@@ -25,18 +40,22 @@ pub struct Perplexity {
 ///
 /// # Errors
 /// When the model does not load, or the text is shorter than two windows.
-pub fn measure(
-    model: &Path,
-    text: &Path,
-    window: usize,
-    threads: Option<u32>,
-    mut step: impl FnMut(usize, usize),
-) -> Result<Perplexity> {
+pub fn measure(reading: &Reading, mut step: impl FnMut(usize, usize)) -> Result<Perplexity> {
+    let Reading {
+        model,
+        text,
+        window,
+        exact,
+        threads,
+    } = reading;
+    let window = *window;
     let text = std::fs::read_to_string(text).with_context(|| format!("failed to read {}", text.display()))?;
     let options = EngineOptions {
         context_length: Some(u32::try_from(window + 2)?),
         max_sequences: 1,
-        threads,
+        threads: *threads,
+        exact: *exact,
+        kv_type: if *exact { KvType::F32 } else { KvType::F16 },
         prefix_tokens: Some(0),
         speculate: false,
         ..EngineOptions::default()

@@ -291,7 +291,7 @@ impl Layer {
         let shared = (pieces * kv_heads, heads / kv_heads * rows);
         let queries = queries
             .narrow(0, group.first_row, pieces * rows)?
-            .affine(1.0 / (dim as f64).sqrt(), 0.0)?
+            .affine(config.attention_scale.into(), 0.0)?
             .to_dtype(keys.dtype())?
             .reshape((pieces, rows, heads, dim))?
             .transpose(1, 2)?

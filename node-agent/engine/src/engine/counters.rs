@@ -31,6 +31,22 @@ struct Pace {
     tokens_per_second: f64,
 }
 
+/// A place among the requests that are present. Given back when dropped, unless the scheduler took it over.
+pub(super) struct Place<'a>(&'a Counters);
+
+impl Place<'_> {
+    /// The request went to the scheduler, which counts it out at its end.
+    pub(super) fn hand_over(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
 /// What one step did.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct StepCount {
@@ -62,12 +78,12 @@ impl Counters {
     }
 
     /// Counts a request in, if there are fewer than `most`; otherwise says how many there are.
-    pub(super) fn enter(&self, most: usize) -> Result<(), usize> {
+    pub(super) fn enter(&self, most: usize) -> Result<Place<'_>, usize> {
         self.present
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |present| {
                 (present < most).then_some(present + 1)
             })
-            .map(|_| ())
+            .map(|_| Place(self))
     }
 
     /// A scope that nobody else has.

@@ -339,6 +339,14 @@ impl Engine {
         else {
             return Err(cannot_generate());
         };
+        // First of all: who is refused for want of room costs no template, no tokenizer and no compiler.
+        let counters = &self.inner.counters;
+        let place = counters
+            .enter(*most_present)
+            .map_err(|present| Reject::QueueFull {
+                queued: present,
+                retry_after_ms: 1000,
+            })?;
         request.sampling.validate(self.inner.tokenizer.vocab_size())?;
         let prompt = self.tokens(&request.prompt)?;
         let context_length = request
@@ -370,15 +378,9 @@ impl Engine {
             .constraint
             .map(|constraint| grammars.compile(&constraint, &self.inner.tokenizer))
             .transpose()?;
-        let counters = &self.inner.counters;
-        if let Err(present) = counters.enter(*most_present) {
-            return Err(Reject::QueueFull {
-                queued: present,
-                retry_after_ms: 1000,
-            });
-        }
         let (cancelled, scored) = (Arc::new(AtomicBool::new(false)), score.is_some());
         let prompt_tokens = prompt.len();
+        let owner = scope(&request.scope);
         let job = Job {
             id: request.id,
             prompt,
@@ -387,8 +389,9 @@ impl Engine {
             sampling: request.sampling,
             guide,
             score,
+            owner,
             scope: if *share && !scored {
-                scope(&request.scope)
+                owner
             } else {
                 counters.next_scope()
             },
@@ -397,10 +400,8 @@ impl Engine {
             cancelled: Arc::clone(&cancelled),
             arrived: Instant::now(),
         };
-        if jobs.send(job).is_err() {
-            counters.leave();
-            return Err(Reject::Stopping);
-        }
+        jobs.send(job).map_err(|_| Reject::Stopping)?;
+        place.hand_over();
         Ok(GenerationHandle::new(cancelled, prompt_tokens))
     }
 
@@ -409,6 +410,15 @@ impl Engine {
     /// # Errors
     /// [`Reject`] when the model writes text, or a text is too long.
     pub fn embed(&self, texts: &[Prompt]) -> Result<Embeddings, Reject> {
+        self.embed_while(texts, || true)
+    }
+
+    /// As [`Self::embed`], as long as somebody wants the answer: asked before each portion of texts that is
+    /// computed at once, which takes a fraction of a second.
+    ///
+    /// # Errors
+    /// As [`Self::embed`], before anything is computed; [`Reject::Stopping`] when nobody wants it any more.
+    pub fn embed_while(&self, texts: &[Prompt], wanted: impl Fn() -> bool) -> Result<Embeddings, Reject> {
         let Task::Embed {
             encoder,
             context_length,
@@ -421,6 +431,9 @@ impl Engine {
         };
         let mut tokens = Vec::with_capacity(texts.len());
         for text in texts {
+            if !wanted() {
+                return Err(Reject::Stopping);
+            }
             let text = self.tokens(text)?;
             if text.len() > *context_length {
                 return Err(Reject::PromptTooLong {
@@ -442,6 +455,9 @@ impl Engine {
             prompt_tokens: 0,
         };
         for batch in Encoder::batches(&tokens) {
+            if !wanted() {
+                return Err(Reject::Stopping);
+            }
             embeddings.vectors.extend(encoder.embed(batch));
             let prompt_rows = batch.iter().map(Vec::len).sum();
             embeddings.prompt_tokens += prompt_rows;

@@ -1,4 +1,5 @@
-//! The compute kernels: where the engine's time goes, and the one place with unsafe code.
+//! The compute kernels: where the engine's time goes, and where its unsafe code is (the mapping of files, in
+//! `mmap.rs`, is all that there is elsewhere).
 //!
 //! ```text
 //! weights.rs   GGUF blocks repacked into tiles of 16 rows (unpack.rs knows the formats)

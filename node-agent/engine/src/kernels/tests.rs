@@ -10,6 +10,8 @@ use super::attention::{Attention, BLOCK_TOKENS, Cache, Numbers, Run, SCALE_DIMS,
 use super::vector::{HeadShape, argmax};
 use super::*;
 
+mod levels;
+
 const QUANTIZED: [GgmlDType; 10] = [
     GgmlDType::Q4_0,
     GgmlDType::Q4_1,

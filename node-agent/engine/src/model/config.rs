@@ -77,6 +77,9 @@ const ARCHITECTURES: &[&str] = &["llama", "qwen2", "qwen3", "gemma3", "phi3", "g
 const ROPE_SHORT: &str = "rope_factors_short.weight";
 const ROPE_LONG: &str = "rope_factors_long.weight";
 
+/// Layers of Gemma 3 27B, and of no other Gemma 3.
+const GEMMA_27B_LAYERS: usize = 62;
+
 /// Bounds far above every model that exists, far below what would exhaust a machine.
 const MAX_LAYERS: usize = 1024;
 const MAX_HEADS: usize = 1024;
@@ -161,7 +164,9 @@ impl DecoderConfig {
         let original_context = optional("rope.scaling.original_context_length")?.unwrap_or(context_length);
         let factor = real("rope.scaling.factor")?;
         let rope_scaling = match file.optional(&key("rope.scaling.type"), Value::to_str)? {
-            None | Some("none") => RopeScaling::Linear(real("rope.scale_linear")?.unwrap_or(1.0)),
+            // Without a type a factor is a linear one; older files call it otherwise.
+            None => RopeScaling::Linear(factor.or(real("rope.scale_linear")?).unwrap_or(1.0)),
+            Some("none") => RopeScaling::Linear(1.0),
             Some("linear") => RopeScaling::Linear(factor.unwrap_or(1.0)),
             // Its divisors are tensors of the file.
             Some("longrope") => RopeScaling::Linear(1.0),
@@ -199,9 +204,24 @@ impl DecoderConfig {
             }
         };
         let rope_base = real("rope.freq_base")?.unwrap_or(if gemma { 1_000_000.0 } else { 10_000.0 });
+        let layers = size("block_count", MAX_LAYERS)?;
+        // Gemma 3 27B, which nothing but its number of layers tells, divides by the square root of another number
+        // than all its kin. Source: google/gemma_pytorch, gemma/config.py; llama.cpp goes by the layers too.
+        let attention_divisor = if gemma && layers == GEMMA_27B_LAYERS {
+            (hidden_size / heads).max(1)
+        } else {
+            head_dim
+        };
+        if let Some(cap) = real("final_logit_softcapping")?.filter(|&cap| gemma && cap != 0.0) {
+            return Err(InvalidModel::unsupported(
+                key("final_logit_softcapping"),
+                cap,
+                "logits as they are: 0, or no such key",
+            ));
+        }
         let config = Self {
             hidden_size,
-            layers: size("block_count", MAX_LAYERS)?,
+            layers,
             heads,
             kv_heads,
             head_dim,
@@ -219,7 +239,7 @@ impl DecoderConfig {
             rope_dimensions,
             rope_base,
             rope_base_local: if gemma {
-                Some(real("rope.local.freq_base")?.unwrap_or(10_000.0))
+                Some(real("rope.freq_base_swa")?.unwrap_or(10_000.0))
             } else {
                 None
             },
@@ -230,11 +250,7 @@ impl DecoderConfig {
             } else {
                 None
             },
-            global_every: if gemma {
-                Some(optional("attention.sliding_window_type")?.unwrap_or(6).max(1))
-            } else {
-                None
-            },
+            global_every: if gemma { global_every(file)? } else { None },
             head_norms: gemma || qwen3,
             output_norms: gemma,
             attention_biases: qwen2,
@@ -251,12 +267,13 @@ impl DecoderConfig {
             residual_scale: granite("residual_scale")?,
             attention_scale: real("attention.scale")?
                 .filter(|_| is("granite"))
-                .unwrap_or(1.0 / (head_dim as f32).sqrt()),
+                .unwrap_or(1.0 / (attention_divisor as f32).sqrt()),
             logit_scale: 1.0 / granite("logit_scale")?,
             architecture: architecture.clone(),
         };
         let positive = [
             ("rope.freq_base", config.rope_base),
+            ("rope.freq_base_swa", config.rope_base_local.unwrap_or(1.0)),
             ("rope.scaling.factor", factor.unwrap_or(1.0)),
             ("rope.scaling.attn_factor", config.rope_magnitude),
             ("logit_scale", config.logit_scale),
@@ -366,6 +383,29 @@ impl DecoderConfig {
     }
 }
 
+/// Every so many layers of a Gemma 3 one sees everything; none where the number is 0. Files say it as a number or,
+/// layer by layer, as a list of which see the window alone.
+fn global_every(file: &GgufFile) -> Result<Option<usize>, InvalidModel> {
+    const KEY: &str = "gemma3.attention.sliding_window_pattern";
+    let every = match file.optional(KEY, |value, _| Ok(value))? {
+        None => 6,
+        Some(Value::Bools(local)) => {
+            let every = local.iter().position(|local| !local).map_or(0, |first| first + 1);
+            let regular = |(layer, &local): (usize, &bool)| local != (layer + 1).is_multiple_of(every);
+            if !local.iter().enumerate().all(regular) {
+                return Err(InvalidModel::unsupported(
+                    KEY,
+                    "a list without order",
+                    "one layer that sees everything after every so many that do not",
+                ));
+            }
+            every
+        }
+        Some(value) => value.to_u32(KEY)? as usize,
+    };
+    Ok(Some(every).filter(|&every| every > 0))
+}
+
 /// Norms and biases are no quantised numbers.
 pub(super) fn check_vector(name: &str, dtype: GgmlDType) -> Result<(), InvalidModel> {
     match dtype {
@@ -375,5 +415,94 @@ pub(super) fn check_vector(name: &str, dtype: GgmlDType) -> Result<(), InvalidMo
             format!("{other:?}"),
             "F32, F16 and BF16 for norms and biases",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::tests::Writer;
+
+    /// The shapes of the published Gemma 3 models: layers, hidden size, heads, size of a head.
+    const GEMMA_1B: [u32; 4] = [26, 1152, 4, 256];
+    const GEMMA_27B: [u32; 4] = [62, 5376, 32, 128];
+
+    fn gemma([layers, hidden, heads, head_dim]: [u32; 4]) -> Writer {
+        Writer::default()
+            .str("general.architecture", "gemma3")
+            .u32("gemma3.block_count", layers)
+            .u32("gemma3.context_length", 1024)
+            .u32("gemma3.embedding_length", hidden)
+            .u32("gemma3.feed_forward_length", 64)
+            .u32("gemma3.attention.head_count", heads)
+            .u32("gemma3.attention.key_length", head_dim)
+            .u32("gemma3.attention.value_length", head_dim)
+            .u32("gemma3.attention.sliding_window", 512)
+            .tensor("token_embd.weight", &[u64::from(hidden), 4], 0, 0)
+            .data(hidden as usize * 16)
+    }
+
+    fn read(file: &Writer) -> Result<DecoderConfig, InvalidModel> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("model.gguf");
+        std::fs::write(&path, file.bytes()).expect("it is written");
+        DecoderConfig::from_gguf(&GgufFile::open(&path).expect("it opens"))
+    }
+
+    #[test]
+    fn gemma_27b_divides_by_another_number_than_its_kin() {
+        let scale = |shape| read(&gemma(shape)).expect("it reads").attention_scale;
+        assert_eq!(scale(GEMMA_1B), 1.0 / 256.0_f32.sqrt());
+        assert_eq!(scale(GEMMA_27B), 1.0 / 168.0_f32.sqrt());
+    }
+
+    #[test]
+    fn the_keys_of_the_sliding_window_are_those_that_files_carry() {
+        let plain = read(&gemma(GEMMA_1B)).expect("it reads");
+        assert_eq!(
+            (plain.rope_base_local, plain.global_every),
+            (Some(10_000.0), Some(6))
+        );
+        let told = gemma(GEMMA_1B)
+            .raw("gemma3.rope.freq_base_swa", 6, 20_000.0_f32.to_le_bytes().into())
+            .u32("gemma3.attention.sliding_window_pattern", 4);
+        let told = read(&told).expect("it reads");
+        assert_eq!(
+            (told.rope_base_local, told.global_every),
+            (Some(20_000.0), Some(4))
+        );
+        let local: Vec<bool> = (0..8).map(|layer| told.is_local(layer)).collect();
+        assert_eq!(local, [true, true, true, false, true, true, true, false]);
+    }
+
+    #[test]
+    fn a_pattern_layer_by_layer_is_read_too() {
+        let with = |local: &[u8]| {
+            let list = [
+                &7_u32.to_le_bytes()[..],
+                &(local.len() as u64).to_le_bytes(),
+                local,
+            ]
+            .concat();
+            read(&gemma(GEMMA_1B).raw("gemma3.attention.sliding_window_pattern", 9, list))
+        };
+        assert_eq!(
+            with(&[1, 1, 0, 1, 1, 0, 1]).expect("it reads").global_every,
+            Some(3)
+        );
+        assert_eq!(with(&[1, 1, 1]).expect("it reads").global_every, None);
+        let refused = with(&[1, 0, 0, 1]).expect_err("no order").to_string();
+        assert!(refused.contains("sliding_window_pattern"), "{refused}");
+    }
+
+    #[test]
+    fn a_factor_without_a_type_is_a_linear_one() {
+        let factor = |key: &str| {
+            let file = gemma(GEMMA_1B).raw(key, 6, 8.0_f32.to_le_bytes().into());
+            read(&file).expect("it reads").rope_scaling
+        };
+        assert_eq!(factor("gemma3.rope.scaling.factor"), RopeScaling::Linear(8.0));
+        assert_eq!(factor("gemma3.rope.scale_linear"), RopeScaling::Linear(8.0));
+        assert_eq!(factor("gemma3.unknown"), RopeScaling::Linear(1.0));
     }
 }

@@ -56,7 +56,8 @@ pub(crate) struct Decoder {
     scratch: Scratch,
 }
 
-/// Numbers of a step, kept so that no step has to ask for memory.
+/// Numbers of a step, kept from one to the next: a step asks for memory where it has more rows than any before it,
+/// and for its small lists of rows and tables.
 #[derive(Default)]
 struct Scratch {
     /// The residual stream, `[rows, hidden]`.

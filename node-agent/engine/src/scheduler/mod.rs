@@ -7,8 +7,8 @@
 //! ```
 //! Continuous batching: every step holds a row of each answer under way, the rows of what is guessed to come
 //! after it ([`lookup`], [`draft`]), and now and then a chunk of a prompt, so seldom that the answers keep
-//! half their pace ([`pace`]). Admission is first come, first served, by free blocks of the cache; a request
-//! that begins like one that is being read waits for that and shares its blocks. Where blocks run out, the
+//! half their pace ([`pace`]). Admission goes by free blocks of the cache; callers take turns ([`turns`]), and each
+//! of them is served in the order of its requests; a request that begins like one that is being read waits for that and shares its blocks. Where blocks run out, the
 //! answer that came last gives its own up, waits, and goes on where it was: nothing that was begun fails for
 //! want of memory.
 
@@ -17,6 +17,7 @@ mod lookup;
 mod pace;
 mod sequence;
 mod success;
+mod turns;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -36,6 +37,7 @@ use crate::tokenizer::Tokenizer;
 pub(crate) use draft::DraftModel;
 use pace::{Pace, shares};
 use sequence::Sequence;
+use turns::Turns;
 
 /// Prompt rows in a step of which all logits are wanted.
 const SCORED_ROWS: usize = 32;
@@ -53,6 +55,8 @@ pub(crate) struct Job {
     pub(crate) score: Option<Sender<Vec<f32>>>,
     /// Whose prefixes it may share.
     pub(crate) scope: u64,
+    /// Whose turn it takes.
+    pub(crate) owner: u64,
     /// Whether to guess what comes next, and check it.
     pub(crate) speculate: bool,
     pub(crate) sink: Sink,
@@ -75,6 +79,7 @@ pub(crate) struct Scheduler {
     count: u64,
     draft: Option<DraftModel>,
     pace: Pace,
+    turns: Turns,
 }
 
 impl Scheduler {
@@ -99,6 +104,7 @@ impl Scheduler {
             count: 0,
             draft,
             pace: Pace::default(),
+            turns: Turns::default(),
         }
     }
 
@@ -175,16 +181,20 @@ impl Scheduler {
         }
     }
 
-    /// Lets those in that waited, in their order. One that begins like one that is being read waits for it,
-    /// and holds up nobody.
+    /// Lets those in that waited: first those that were set aside, then callers in turn, each in the order of its
+    /// requests. One that begins like one that is being read waits for it, and holds up nobody.
     fn admit(&mut self) {
-        let mut index = 0;
+        let mut following = Vec::new();
         while self.running.len() < self.max_sequences {
-            let Some(next) = self.waiting.get(index) else {
+            let waiting = self.waiting.iter().enumerate();
+            let next = waiting
+                .filter(|(_, one)| !following.contains(&one.number))
+                .min_by_key(|(index, one)| (!one.was_begun(), self.turns.last(one.owner), *index));
+            let Some((index, next)) = next else {
                 return;
             };
             if self.follows(next) {
-                index += 1;
+                following.push(next.number);
                 continue;
             }
             // Room for its text, and a block's growth for each that runs.
@@ -195,6 +205,9 @@ impl Scheduler {
             let Some(mut next) = self.waiting.remove(index) else {
                 return;
             };
+            if !next.was_begun() {
+                self.turns.took(next.owner);
+            }
             next.admit(&mut self.cache);
             self.counters.shared(next.position);
             self.running.push(next);

@@ -22,6 +22,8 @@ pub(super) struct Sequence {
     pub(super) id: String,
     /// No other sequence of this engine has it.
     pub(super) number: u64,
+    /// Whose turn it takes.
+    pub(super) owner: u64,
     pub(super) table: BlockTable,
     pub(super) cancelled: Arc<AtomicBool>,
     /// Prompt and answer.
@@ -29,8 +31,6 @@ pub(super) struct Sequence {
     /// Tokens whose keys and values are in the cache.
     pub(super) position: usize,
     prompt_tokens: usize,
-    /// Tokens of the prompt that did not have to be computed.
-    pub(super) shared_tokens: usize,
     max_tokens: usize,
     lookup: Option<Lookup>,
     /// Tokens guessed for this step; their rows follow the last token's.
@@ -62,12 +62,12 @@ impl Sequence {
             wants_logprobs,
             id: job.id,
             number,
+            owner: job.owner,
             table: BlockTable::new(job.scope),
             cancelled: job.cancelled,
             prompt_tokens: job.prompt.len(),
             tokens: job.prompt,
             position: 0,
-            shared_tokens: 0,
             max_tokens: job.max_tokens,
             lookup: job.speculate.then(Lookup::default),
             guess: Vec::new(),
@@ -80,6 +80,11 @@ impl Sequence {
             arrived: job.arrived,
             first_token: None,
         }
+    }
+
+    /// Whether it was admitted before: it was set aside then, and goes on.
+    pub(super) fn was_begun(&self) -> bool {
+        self.started
     }
 
     pub(super) fn scope(&self) -> u64 {
@@ -105,7 +110,6 @@ impl Sequence {
         self.position = cache.attach(&mut self.table, &self.tokens);
         if !self.started {
             self.started = true;
-            self.shared_tokens = self.position;
             let _ = (self.sink)(GenerateEvent::Started {
                 prompt_tokens: self.prompt_tokens,
             });

@@ -102,11 +102,9 @@ impl Tokenizer {
                 let pre = file
                     .optional("tokenizer.ggml.pre", Value::to_str)?
                     .unwrap_or("default");
-                let ignore_merges = pre == "llama-bpe";
-                (
-                    Algorithm::BytePair(BytePairEncoding::new(&vocab, merges, pre, ignore_merges)?),
-                    ignore_merges,
-                )
+                let family = pretokenize::family(pre)?;
+                let bpe = BytePairEncoding::new(&vocab, merges, pre, family.whole_words)?;
+                (Algorithm::BytePair(bpe), family.begins)
             }
             "llama" => {
                 let scores = file

@@ -190,7 +190,10 @@ const HIDDEN: u64 = 32;
 const FEED: u64 = 64;
 const HEAD: u64 = 16;
 
-fn layers(mut file: Gguf, vocabulary: u64, count: u64, architecture: &str) -> Gguf {
+/// Query heads, which share one head of keys and values.
+const HEADS: u64 = 2;
+
+fn layers(mut file: Gguf, vocabulary: u64, count: u64, heads: u64, architecture: &str) -> Gguf {
     let mut seed = 1;
     let mut add = |file: Gguf, name: &str, shape: &[u64]| {
         seed += 1;
@@ -201,17 +204,17 @@ fn layers(mut file: Gguf, vocabulary: u64, count: u64, architecture: &str) -> Gg
     for layer in 0..count {
         let name = |part: &str| format!("blk.{layer}.{part}.weight");
         let apart = [
-            ("attn_q", HIDDEN, 2 * HEAD),
+            ("attn_q", HIDDEN, heads * HEAD),
             ("attn_k", HIDDEN, HEAD),
             ("attn_v", HIDDEN, HEAD),
-            ("attn_output", 2 * HEAD, HIDDEN),
+            ("attn_output", heads * HEAD, HIDDEN),
             ("ffn_gate", HIDDEN, FEED),
             ("ffn_up", HIDDEN, FEED),
             ("ffn_down", FEED, HIDDEN),
         ];
         let fused = [
-            ("attn_qkv", HIDDEN, 4 * HEAD),
-            ("attn_output", 2 * HEAD, HIDDEN),
+            ("attn_qkv", HIDDEN, (heads + 2) * HEAD),
+            ("attn_output", heads * HEAD, HIDDEN),
             ("ffn_up", HIDDEN, 2 * FEED),
             ("ffn_down", FEED, HIDDEN),
         ];
@@ -239,7 +242,7 @@ fn layers(mut file: Gguf, vocabulary: u64, count: u64, architecture: &str) -> Gg
             file = file.tensor(&name(part), &[*size], std::iter::repeat(1.0));
         }
         if architecture == "qwen2" {
-            for (part, size) in [("attn_q", 2 * HEAD), ("attn_k", HEAD), ("attn_v", HEAD)] {
+            for (part, size) in [("attn_q", heads * HEAD), ("attn_k", HEAD), ("attn_v", HEAD)] {
                 file = add(file, &format!("blk.{layer}.{part}.bias"), &[size]);
             }
         }
@@ -247,17 +250,17 @@ fn layers(mut file: Gguf, vocabulary: u64, count: u64, architecture: &str) -> Gg
     file
 }
 
-fn sizes(file: Gguf, architecture: &str, count: u32) -> Gguf {
+fn sizes(file: Gguf, architecture: &str, count: u64, heads: u64) -> Gguf {
     let key = |name: &str| format!("{architecture}.{name}");
     file.str("general.architecture", architecture)
         .str("general.name", "Tiny")
         .str("general.license", "apache-2.0")
         .u32("general.file_type", 0)
-        .u32(&key("block_count"), count)
+        .u32(&key("block_count"), count as u32)
         .u32(&key("context_length"), 256)
         .u32(&key("embedding_length"), HIDDEN as u32)
         .u32(&key("feed_forward_length"), FEED as u32)
-        .u32(&key("attention.head_count"), 2)
+        .u32(&key("attention.head_count"), heads as u32)
         .u32(&key("attention.head_count_kv"), 1)
         .u32(&key("attention.key_length"), HEAD as u32)
         .u32(&key("attention.value_length"), HEAD as u32)
@@ -304,7 +307,7 @@ fn tiny_bpe(architecture: &str, pretokenizer: &str) -> Gguf {
     let kinds: Vec<u8> = (0..tokens.len())
         .flat_map(|id| if id < 3 { 3_u32 } else { 1 }.to_le_bytes())
         .collect();
-    let file = sizes(Gguf::default(), architecture, 2)
+    let file = sizes(Gguf::default(), architecture, 2, HEADS)
         .u32(&format!("{architecture}.rope.dimension_count"), HEAD as u32)
         .str("tokenizer.ggml.model", "gpt2")
         .str("tokenizer.ggml.pre", pretokenizer)
@@ -318,11 +321,16 @@ fn tiny_bpe(architecture: &str, pretokenizer: &str) -> Gguf {
             "tokenizer.chat_template",
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
         );
-    layers(file, tokens.len() as u64, 2, architecture)
+    layers(file, tokens.len() as u64, 2, HEADS, architecture)
 }
 
 /// A Gemma 3 of two layers with SentencePiece: bytes, letters, a few pieces, control and user-defined tokens.
 pub fn tiny_gemma() -> Gguf {
+    tiny_gemma_of(2, HEADS)
+}
+
+/// The same with so many layers and query heads.
+pub fn tiny_gemma_of(count: u64, heads: u64) -> Gguf {
     let mut tokens: Vec<(String, u32)> = [("<pad>", 3), ("<eos>", 3), ("<bos>", 3), ("<unk>", 2)]
         .map(|(text, kind)| (text.to_owned(), kind))
         .into();
@@ -343,18 +351,20 @@ pub fn tiny_gemma() -> Gguf {
     tokens.extend((b'a'..=b'z').map(|letter| (char::from(letter).to_string(), 1)));
     tokens.push(("\u{2581}".to_owned(), 1));
     let (texts, kinds): (Vec<String>, Vec<u32>) = tokens.into_iter().unzip();
-    let count = texts.len() as u64;
-    let scores: Vec<u8> = (0..count).flat_map(|id| (-(id as f32)).to_le_bytes()).collect();
+    let vocabulary = texts.len() as u64;
+    let scores: Vec<u8> = (0..vocabulary)
+        .flat_map(|id| (-(id as f32)).to_le_bytes())
+        .collect();
     let kinds: Vec<u8> = kinds.into_iter().flat_map(u32::to_le_bytes).collect();
-    let file = sizes(Gguf::default(), "gemma3", 2)
+    let file = sizes(Gguf::default(), "gemma3", count, heads)
         .u32("gemma3.attention.sliding_window", 64)
         .str("tokenizer.ggml.model", "llama")
         .set("tokenizer.ggml.tokens", strings(&texts))
-        .set("tokenizer.ggml.scores", list(FLOAT32, count, &scores))
-        .set("tokenizer.ggml.token_type", list(5, count, &kinds))
+        .set("tokenizer.ggml.scores", list(FLOAT32, vocabulary, &scores))
+        .set("tokenizer.ggml.token_type", list(5, vocabulary, &kinds))
         .u32("tokenizer.ggml.bos_token_id", 2)
         .u32("tokenizer.ggml.eos_token_id", 1)
         .bool("tokenizer.ggml.add_bos_token", true)
         .bool("tokenizer.ggml.add_space_prefix", false);
-    layers(file, count, 2, "gemma3")
+    layers(file, vocabulary, count, heads, "gemma3")
 }

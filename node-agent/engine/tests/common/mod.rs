@@ -3,6 +3,7 @@
 
 pub mod ask;
 pub mod gguf;
+pub mod rounding;
 
 use std::path::PathBuf;
 
