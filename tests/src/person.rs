@@ -23,7 +23,7 @@ pub fn chart() -> PathBuf {
 /// was gone before everybody had heard of it.
 #[must_use]
 pub fn previous_chart() -> PathBuf {
-    crate::folder().join("chart/freehold-0.0.1.tgz")
+    crate::folder().join("chart/freehold-0.0.1")
 }
 
 /// What the official OpenAI client is told by a model at this address, or the last line of its complaint. What stands
