@@ -78,14 +78,17 @@ def said(*command):
     return run(*command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
+def flags(root):
+    """Paths of this machine belong in no program: messages of panics would carry them."""
+    homes = {os.environ.get("CARGO_HOME", str(Path.home() / ".cargo")): "/cargo", str(root): "/freehold",
+             said("rustc", "--print", "sysroot"): "/rust"}
+    return [f"--remap-path-prefix={here}={there}" for here, there in homes.items()]
+
+
 def compile_all(images, architectures, cache):
     """Builds the programs. Returns the path of each by (image, architecture)."""
     environment = dict(os.environ, PATH=f"{tools(cache)}{os.pathsep}{os.environ['PATH']}")
-    # Paths of this machine belong in no program: messages of panics would carry them.
-    homes = {os.environ.get("CARGO_HOME", str(Path.home() / ".cargo")): "/cargo", str(ROOT): "/freehold",
-             said("rustc", "--print", "sysroot"): "/rust"}
-    flags = [f"--remap-path-prefix={here}={there}" for here, there in homes.items()]
-    environment["CARGO_ENCODED_RUSTFLAGS"] = "\x1f".join(flags)
+    environment["CARGO_ENCODED_RUSTFLAGS"] = "\x1f".join(flags(ROOT))
     packages = [f"freehold-{image}" for image in images]
     chosen = [word for package in packages for word in ("--package", package, "--bin", package)]
     for architecture in architectures:

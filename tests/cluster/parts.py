@@ -3,9 +3,9 @@
     python3 tests/cluster/parts.py CACHE SET...
 
 Sets: api (kube-apiserver, etcd, kine), helm, tools (the kinds of Flux, Argo CD, k3s's Helm controller and the
-Prometheus operator), control (controller manager and scheduler), node (kubelet, kube-proxy, containerd, runc, CNI
-plugins and nft). What the Go modules hold is built from the release's own sources, pinned by go.mod and go.sum beside
-this file. A part is built again only when its pins or flags changed."""
+Prometheus operator), control (controller manager and scheduler), containers (containerd, runc, CNI plugins and nft),
+node (these, kubelet and kube-proxy). What the Go modules hold is built from the release's own sources, pinned by go.mod
+and go.sum beside this file. A part is built again only when its pins or flags changed."""
 
 import hashlib
 import io
@@ -290,9 +290,9 @@ def archive(name, files, entrypoint, target):
 
 
 def main(cache, sets):
-    unknown = set(sets) - {"api", "helm", "tools", "control", "node"}
+    unknown = set(sets) - {"api", "helm", "tools", "control", "containers", "node"}
     if unknown:
-        sys.exit(f"no such set: {', '.join(unknown)}; there are api, helm, tools, control and node")
+        sys.exit(f"no such set: {', '.join(unknown)}; there are api, helm, tools, control, containers and node")
     cache.mkdir(parents=True, exist_ok=True)
     if platform.system() != "Linux":
         linux = sorted(set(sets) - {"helm", "tools"})
@@ -314,7 +314,9 @@ def main(cache, sets):
             tools(cache)
         if name == "node":
             build(cache, "kube-proxy", "proxy", "k8s.io/kubernetes/cmd/kube-proxy", kubernetes_flags(), "0")
+        if name in ("containers", "node"):
             debian(cache)
+        if name == "node":
             pause(cache)
 
 

@@ -2,8 +2,10 @@
 
     python3 tests/images/test_images.py
 
-No program is compiled here: what the archives hold stands in for one. With containerd in the cache (see
-tests/cluster/parts.py) and as root, a real containerd imports and unpacks them."""
+What the archives hold stands in for the programs, whose compiling takes a quarter of an hour. That compiling is
+reproducible is tested on a small program, built twice in different folders with the flags of the images: see Programs.
+With containerd in the cache (`tests/cluster/parts.py CACHE containers`, which tests/run calls for root) and as root, a
+real containerd imports and unpacks the archives."""
 
 import contextlib
 import io
@@ -96,6 +98,40 @@ class Archives(unittest.TestCase):
             with contextlib.redirect_stderr(said), self.assertRaises(SystemExit):
                 build.parse(words)
             self.assertIn(answer, said.getvalue())
+
+
+# Bears its file's name in the message of a panic, as every program that checks an index does.
+PROGRAM = """fn main() {
+    let words: Vec<String> = std::env::args().collect();
+    println!("{} {}", words[7], file!());
+}
+"""
+
+
+class Programs(unittest.TestCase):
+    """Two builds of one small program in two folders, by rustc alone. No test builds the whole programs twice, which zig
+    links."""
+
+    def built(self, flags):
+        with tempfile.TemporaryDirectory() as root:
+            (Path(root) / "main.rs").write_text(PROGRAM)
+            program = Path(root) / "program"
+            command = ["rustc", "-Copt-level=3", "-Cstrip=symbols", *flags(Path(root)), "-o", program,
+                       Path(root) / "main.rs"]
+            subprocess.run(command, check=True)
+            return program.read_bytes(), root
+
+    def test_the_same_source_gives_the_same_program_in_any_folder(self):
+        (one, here), (other, there) = (self.built(build.flags) for _ in range(2))
+        self.assertNotEqual(here, there)
+        self.assertEqual(one, other)
+        self.assertNotIn(here.encode(), one)
+        self.assertIn(b"/freehold/main.rs", one)
+
+    def test_without_the_flags_the_folder_would_show(self):
+        (one, here), (other, _) = (self.built(lambda _: []) for _ in range(2))
+        self.assertIn(here.encode(), one)
+        self.assertNotEqual(one, other)
 
 
 class Bill(unittest.TestCase):

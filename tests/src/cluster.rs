@@ -102,6 +102,12 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Process ids of the controller manager and the scheduler, in this order.
+    #[must_use]
+    pub fn process_ids(&self) -> Vec<u32> {
+        self.controllers.iter().map(Program::id).collect()
+    }
+
     /// A path that leads to another folder on every node, for volumes of the host. Other paths are this machine's.
     #[must_use]
     pub fn host_folder(&self) -> PathBuf {

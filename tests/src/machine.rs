@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
+use crate::api_server::ApiServer;
 use crate::child::Program;
 use crate::network::Space;
 use crate::node::remove_groups;
@@ -194,6 +195,39 @@ impl Machine {
     pub fn path(&self, path: &str) -> PathBuf {
         let root = PathBuf::from(format!("/proc/{}/root", self.first));
         root.join(path.trim_start_matches('/'))
+    }
+}
+
+impl Machine {
+    /// Copies a file there, for everybody to read.
+    ///
+    /// # Errors
+    /// When it cannot be read, or the machine's memory is full.
+    pub fn put(&self, file: &Path, path: &str) -> Result<()> {
+        let target = self.path(path);
+        if let Some(folder) = target.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        std::fs::copy(file, &target)
+            .with_context(|| format!("failed to copy {} to {path}", file.display()))?;
+        Ok(std::fs::set_permissions(
+            &target,
+            std::os::unix::fs::PermissionsExt::from_mode(0o644),
+        )?)
+    }
+
+    /// Gives the machine's root an administrator's kubeconfig. It sees no folder of this machine's that is younger
+    /// than itself, so the authority comes along.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn administers(&self, server: &ApiServer) -> Result<&'static str> {
+        let authority = server.folder().join("certificates/apiserver.crt");
+        let kubeconfig = std::fs::read_to_string(server.kubeconfig())?;
+        let kubeconfig = kubeconfig.replace(&authority.display().to_string(), "/root/authority.crt");
+        std::fs::write(self.path("/root/kubeconfig"), kubeconfig)?;
+        std::fs::copy(authority, self.path("/root/authority.crt"))?;
+        Ok("/root/kubeconfig")
     }
 }
 

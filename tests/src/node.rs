@@ -66,6 +66,7 @@ impl Node {
         node.start_containerd()?;
         node.import(&part("node/pause.tar")?)?;
         node.start_proxy(proxy_kubeconfig)?;
+        node.masquerade()?;
         node.start_kubelet()?;
         Ok(node)
     }
@@ -74,6 +75,16 @@ impl Node {
     #[must_use]
     pub fn pod_subnet(&self) -> String {
         format!("{}.0/24", self.pods)
+    }
+
+    /// Makes a folder in the node's own folder for volumes of the host, and says where this machine sees it.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn make_host_folder(&self, name: &str) -> Result<PathBuf> {
+        let path = self.folder.join("host").join(name);
+        std::fs::create_dir_all(&path)?;
+        Ok(path)
     }
 
     fn path(&self, name: &str) -> String {
@@ -203,6 +214,32 @@ BinaryName = {runc:?}
         Ok(())
     }
 
+    /// What pods send to others than pods goes out under the node's address, as most networks of clusters have it:
+    /// who is asked need not know the way to a pod.
+    fn masquerade(&self) -> Result<()> {
+        let parts = unpacked()?;
+        let rules = format!(
+            "add table ip freehold-tests
+add chain ip freehold-tests out {{ type nat hook postrouting priority srcnat; }}
+add rule ip freehold-tests out ip saddr {} ip daddr != 10.99.0.0/16 masquerade
+",
+            self.pod_subnet()
+        );
+        let file = self.folder.join("masquerade.nft");
+        std::fs::write(&file, rules)?;
+        let output = Command::new("nsenter")
+            .args(&self.space.enter()[1..])
+            .args(["env", &libraries(&parts)?])
+            .arg(program(&parts, "nft"))
+            .arg("--file")
+            .arg(&file)
+            .output()
+            .context("failed to start nft")?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "nft: {}", errors.trim());
+        Ok(())
+    }
+
     /// Services become rules of nftables in the node's namespace.
     fn start_proxy(&mut self, kubeconfig: &Path) -> Result<()> {
         let parts = unpacked()?;
@@ -215,15 +252,7 @@ BinaryName = {runc:?}
         });
         let file = self.folder.join("kube-proxy.json");
         std::fs::write(&file, configuration.to_string())?;
-        let libraries = std::fs::read_dir(parts.join("usr/lib"))?
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| path.join("libnftables.so.1").exists())
-            .context("libnftables is missing: python3 tests/cluster/parts.py CACHE node")?;
-        let environment = [
-            search_path(&parts),
-            format!("LD_LIBRARY_PATH={}", libraries.display()),
-        ];
+        let environment = [search_path(&parts), libraries(&parts)?];
         let arguments = [format!("--config={}", file.display())];
         let proxy = self.program("kube-proxy", &environment, &part("kube-proxy")?, &arguments)?;
         self.others.push(proxy);
@@ -416,6 +445,16 @@ fn program(parts: &Path, name: &str) -> PathBuf {
     } else {
         parts.join("usr/sbin").join(name)
     }
+}
+
+/// Where nft finds its libraries.
+fn libraries(parts: &Path) -> Result<String> {
+    let folder = std::fs::read_dir(parts.join("usr/lib"))?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.join("libnftables.so.1").exists())
+        .context("libnftables is missing: python3 tests/cluster/parts.py CACHE node")?;
+    Ok(format!("LD_LIBRARY_PATH={}", folder.display()))
 }
 
 /// containerd looks for its shim where the shell would.

@@ -6,13 +6,50 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::parts::{kubectl, part};
+use crate::parts::{cache, kubectl, part};
 use serde_json::Value;
 
 /// The chart of this tree.
 #[must_use]
 pub fn chart() -> PathBuf {
     crate::folder().join("../charts/freehold")
+}
+
+/// That of the version before: what people have who upgrade.
+///
+/// Nothing is released yet, so it is the chart as commit a2c3509 had it (`git archive a2c3509 charts/freehold`), under
+/// the version 0.0.1. It lies here as a file because the clone that is tested may be shallow; a release puts its own
+/// chart in its place. None that is older will do for an upgrade under traffic: before that commit, a pod that ended
+/// was gone before everybody had heard of it.
+#[must_use]
+pub fn previous_chart() -> PathBuf {
+    crate::folder().join("chart/freehold-0.0.1")
+}
+
+/// What the official OpenAI client is told by a model at this address, or the last line of its complaint. What stands
+/// in `enter` comes before the command, such as a way into another network.
+///
+/// # Errors
+/// When there is no answer.
+pub fn ask(enter: &[String], url: &str, model: &str) -> Result<String, String> {
+    let [python, client] = client();
+    let mut words = enter.to_vec();
+    words.extend([python, client, url.to_owned(), model.to_owned()]);
+    let (program, arguments) = words.split_first().ok_or("no command")?;
+    let said = Said::of(&Command::new(program).args(arguments).output().unwrap());
+    if said.good {
+        Ok(said.out.trim().to_owned())
+    } else {
+        Err(said.errors.lines().last().unwrap_or_default().to_owned())
+    }
+}
+
+/// Python with the official client, and the program that asks by it.
+#[must_use]
+pub fn client() -> [String; 2] {
+    let python = cache().join("venv/bin/python");
+    let client = crate::folder().join("clients/chat.py");
+    [python.display().to_string(), client.display().to_string()]
 }
 
 /// Who runs commands, and against what.

@@ -18,8 +18,8 @@ use freehold_tests::api_server::{ApiServer, Storage};
 use freehold_tests::child::Program;
 use freehold_tests::machine::Machine;
 use freehold_tests::network::{Network, Space};
-use freehold_tests::parts::own;
-use freehold_tests::person::{Person, Said, chart};
+use freehold_tests::parts::{cache, own};
+use freehold_tests::person::{Person, Said, ask, chart};
 use kube::Client;
 use serde_json::{Value, json};
 
@@ -28,6 +28,8 @@ const UNIT: &str = "freehold-node-agent";
 const TOKEN: &str = "/var/lib/private/freehold/credential/token";
 /// The file that runs, as `freehold node` installed it.
 const INSTALLED: &str = "/usr/local/bin/freehold-node-agent";
+/// Where docs/host-agents.md sends people with their models.
+const MODEL: &str = "/srv/models/SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// A cluster with the chart and an operator, and a machine beside it.
 struct Stage {
@@ -273,6 +275,109 @@ fn is_confined(stage: &Stage) {
     assert_eq!(mode & 0o777, 0o600);
 }
 
+/// Deploys a file of the machine's under a name.
+fn deploy(stage: &Stage, name: &str, path: &str) {
+    let model = json!({"apiVersion": "freehold.dev/v1alpha1", "kind": "ModelDeployment",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"model": {"path": path}, "engine": {"contextLength": 1024, "concurrency": 2}}});
+    let said = stage.person.kubectl(&["apply", "-f", "-"], &model.to_string());
+    said.unwrap();
+}
+
+fn status_of(stage: &Stage, name: &str) -> Value {
+    stage.person.get(&["modeldeployment", name]).remove(0)["status"].take()
+}
+
+fn is_ready(status: &Value) -> bool {
+    let conditions = status["conditions"].as_array().cloned().unwrap_or_default();
+    let ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
+    conditions.iter().any(ready)
+}
+
+/// The machine's own gateway, asked from another machine. How long it took to answer well.
+async fn answers(stage: &Stage, why: &str) {
+    let url = format!("http://{}:11480", stage.space.address);
+    let begun = Instant::now();
+    let said = stage.until(why, || ask(&[], &url, "chat")).await;
+    println!("{why}: answers after {:.1?}", begun.elapsed());
+    assert!(said.contains("Paris"), "{said}");
+}
+
+/// Ready, with so many restarts of its worker, and by the machine's own word too.
+async fn is_told_ready(stage: &Stage, why: &str, restarts: u64) {
+    stage
+        .until(why, || {
+            let status = status_of(stage, "chat");
+            let instance = &status["instances"][0];
+            let told = is_ready(&status) && instance["node"] == "attic" && instance["restarts"] == restarts;
+            if told { Ok(()) } else { Err(status.to_string()) }
+        })
+        .await;
+}
+
+/// The process of the model's worker.
+fn worker(stage: &Stage) -> u32 {
+    let agent = stage.process().to_string();
+    let found = stage
+        .on(&["pgrep", "--parent", &agent, "--full", "worker"], "")
+        .unwrap();
+    let found: Vec<u32> = found.lines().map(|line| line.parse().unwrap()).collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    found[0]
+}
+
+/// The unit's confinement lets a worker read the owner's file, compute and be started again.
+async fn serves_a_model(stage: &Stage) {
+    let file = Path::new(MODEL).file_name().unwrap();
+    let kept = cache().join("models").join(file);
+    stage.machine.put(&kept, MODEL).unwrap();
+    let begun = Instant::now();
+    deploy(stage, "chat", MODEL);
+    is_told_ready(stage, "a joined machine's model is ready", 0).await;
+    println!("from kubectl apply to Ready: {:.1?}", begun.elapsed());
+    answers(stage, "a joined machine is asked").await;
+
+    let first = worker(stage);
+    let facts = stage.machine.path(&format!("/proc/{first}/status"));
+    let facts = std::fs::read_to_string(facts).unwrap();
+    let fact = |name: &str| {
+        let line = facts.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_whitespace().nth(1))
+            .unwrap_or_default()
+            .to_owned()
+    };
+    assert_ne!(fact("Uid:"), "0");
+    assert_eq!(
+        (fact("NoNewPrivs:"), fact("Seccomp:")),
+        ("1".to_owned(), "2".to_owned())
+    );
+    stage.on(&["kill", "-KILL", &first.to_string()], "").unwrap();
+    answers(stage, "its worker was killed").await;
+    is_told_ready(stage, "the restart is told", 1).await;
+    assert_ne!(worker(stage), first);
+
+    // ProtectHome: what lies in a home is not there for the agent, and that is told.
+    stage.machine.put(&kept, "/root/models/home.gguf").unwrap();
+    deploy(stage, "home", "/root/models/home.gguf");
+    let told = stage
+        .until("a file that the unit hides is told", || {
+            let status = status_of(stage, "home");
+            let message = status["instances"][0]["message"].as_str().unwrap_or_default();
+            if message.contains("/root/models/home.gguf") {
+                Ok(message.to_owned())
+            } else {
+                Err(status.to_string())
+            }
+        })
+        .await;
+    println!("told: {told}");
+    assert!(!is_ready(&status_of(stage, "home")));
+    stage
+        .person
+        .kubectl(&["delete", "modeldeployment", "home"], "")
+        .unwrap();
+}
+
 async fn renews_its_token(stage: &Stage) {
     let first = Claims::of(&stage.token()).unwrap();
     assert_eq!(first.account, "freehold-host-attic");
@@ -333,18 +438,14 @@ async fn outlives_an_outage(stage: &mut Stage) {
     stage.server.kill();
     tokio::time::sleep(Duration::from_secs(20)).await;
     assert_eq!(stage.unit("ActiveState"), "active");
+    answers(stage, "the API server is away").await;
     stage.server.start_again().await.unwrap();
     let begun = Instant::now();
-    let model = json!({"apiVersion": "freehold.dev/v1alpha1", "kind": "ModelDeployment",
-        "metadata": {"name": "lost", "namespace": "default"}, "spec": {"model": {"path": "/nowhere.gguf"}}});
-    stage
-        .person
-        .kubectl(&["apply", "-f", "-"], &model.to_string())
-        .unwrap();
+    deploy(stage, "lost", "/nowhere.gguf");
     stage
         .until("the machine tells of a model", || {
             let seen = json!(stage.seen()).to_string();
-            if seen.contains("\"instances\"") {
+            if seen.contains("/nowhere.gguf") {
                 Ok(())
             } else {
                 Err(seen)
@@ -446,18 +547,13 @@ fn accounts(person: &Person) -> Vec<String> {
 
 async fn leaves_nothing(stage: &Stage) {
     assert_eq!(accounts(&stage.person).len(), 5);
-    let kubeconfig = std::fs::read_to_string(stage.server.kubeconfig()).unwrap();
-    // The machine sees no folder of this one's that is younger than itself.
-    let authority = stage.server.folder().join("certificates/apiserver.crt");
-    let kubeconfig = kubeconfig.replace(&authority.display().to_string(), "/root/authority.crt");
-    std::fs::write(stage.machine.path("/root/kubeconfig"), kubeconfig).unwrap();
-    std::fs::copy(authority, stage.machine.path("/root/authority.crt")).unwrap();
+    let kubeconfig = stage.machine.administers(&stage.server).unwrap();
 
     let refused = stage.freehold(&["leave"], "").unwrap_err();
     assert!(refused.contains("--local-only"), "{refused}");
     assert_eq!(stage.unit("ActiveState"), "active", "a refusal changes nothing");
     let said = stage
-        .freehold(&["leave", "--purge", "--kubeconfig", "/root/kubeconfig"], "")
+        .freehold(&["leave", "--purge", "--kubeconfig", kubeconfig], "")
         .unwrap();
     println!("{said}");
     assert_eq!(accounts(&stage.person), Vec::<String>::new());
@@ -476,7 +572,11 @@ async fn leaves_nothing(stage: &Stage) {
             "{path} is left"
         );
     }
-    // The operator, which is awake, does not bring it back.
+    assert!(
+        stage.machine.path(MODEL).is_file(),
+        "what the owner put there stays"
+    );
+    // The operator, which is awake, does not bring it back, though a model waits for a machine.
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(3) {
         assert_eq!(stage.seen(), Vec::<Value>::new());
@@ -502,11 +602,14 @@ async fn a_machine_joins_works_is_upgraded_and_leaves() {
     let mut stage = Stage::set().await;
     joins(&stage).await;
     is_confined(&stage);
+    serves_a_model(&stage).await;
     renews_its_token(&stage).await;
     let attempts = writes_for_itself_alone(&stage).await;
     outlives_an_outage(&mut stage).await;
     is_started_again(&stage).await;
+    answers(&stage, "the agent was started again").await;
     upgrades_and_rolls_back(&stage);
+    answers(&stage, "the agent was upgraded").await;
     let beyond = stage.server.beyond_grants(&stage.person, attempts).unwrap();
     assert!(beyond.is_empty(), "{beyond:#?}");
     let idle = stage

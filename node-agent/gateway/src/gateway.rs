@@ -34,6 +34,9 @@ pub struct GatewayOptions {
     pub write_stall_limit: Duration,
     /// Longest time for which a request waits for a sleeping model.
     pub activation_limit: Duration,
+    /// For how long an idle connection is kept at the end: a request that is on its way just then is answered, with
+    /// the word that the connection ends with it. Closed at once, it would cost that client its request.
+    pub linger_limit: Duration,
     /// Longest time for which requests in flight may finish at the end.
     pub drain_limit: Duration,
     /// Most connections at once; further ones wait to be accepted.
@@ -53,6 +56,7 @@ impl GatewayOptions {
             body_read_limit: Duration::from_secs(60),
             write_stall_limit: Duration::from_secs(30),
             activation_limit: Duration::from_secs(60),
+            linger_limit: Duration::from_secs(1),
             drain_limit: Duration::from_secs(10),
             connection_limit: 4096,
         }

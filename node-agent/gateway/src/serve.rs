@@ -8,6 +8,9 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
+use axum::middleware::map_response;
+use axum::response::Response;
+use http::{HeaderValue, header};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -34,7 +37,10 @@ impl Gateway {
     pub async fn serve(&self, listener: TcpListener, shutdown: CancellationToken) -> io::Result<()> {
         let address = listener.local_addr()?;
         info!(%address, "Serving the bus");
-        let router = self.router();
+        let leaving = shutdown.clone();
+        let router = self.router().layer(map_response(move |answer: Response| {
+            std::future::ready(last_answer(answer, leaving.is_cancelled()))
+        }));
         let places = Arc::new(Semaphore::new(self.inner.options.connection_limit.max(1)));
         let connections = TaskTracker::new();
         let abandon = CancellationToken::new();
@@ -83,6 +89,15 @@ impl Gateway {
     }
 }
 
+/// An answer; at the end with the word that no other follows on its connection.
+fn last_answer(mut answer: Response, is_last: bool) -> Response {
+    if is_last {
+        let close = HeaderValue::from_static("close");
+        answer.headers_mut().insert(header::CONNECTION, close);
+    }
+    answer
+}
+
 async fn accept(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
@@ -115,6 +130,10 @@ async fn serve_connection(
         .max_buf_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(guarded), TowerToHyperService::new(router));
     let mut connection = pin!(connection);
+    let mut lingering = pin!(async {
+        shutdown.cancelled().await;
+        sleep(options.linger_limit).await;
+    });
     let mut draining = false;
     loop {
         tokio::select! {
@@ -125,7 +144,7 @@ async fn serve_connection(
                 }
                 break;
             }
-            () = shutdown.cancelled(), if !draining => {
+            () = &mut lingering, if !draining => {
                 draining = true;
                 connection.as_mut().graceful_shutdown();
             }

@@ -8,7 +8,7 @@ use freehold_tests::api_server::{ApiServer, Storage};
 use freehold_tests::named::is_named;
 use serde_json::Value;
 
-use freehold_tests::person::{Person, chart};
+use freehold_tests::person::{Person, chart, previous_chart};
 
 const KINDS: &str = "customresourcedefinitions,namespaces,clusterroles,clusterrolebindings,roles,rolebindings,serviceaccounts,services,deployments,daemonsets,networkpolicies,poddisruptionbudgets,validatingadmissionpolicies,validatingadmissionpolicybindings";
 const RELEASE: [&str; 4] = ["--namespace", "models", "--create-namespace", "--wait=hookOnly"];
@@ -37,30 +37,16 @@ fn version(metadata: &Value) -> Value {
     }
 }
 
-/// The chart as it would have been a version before.
+/// The chart of the version before, unpacked. One field of the kinds has another name in it: between two versions
+/// that have the same kinds, nobody could see that they are upgraded.
 fn previous(folder: &Path) -> std::path::PathBuf {
-    let copy = folder.join("previous");
-    let status = std::process::Command::new("cp")
-        .args(["-r", chart().to_str().unwrap(), copy.to_str().unwrap()])
+    let archive = previous_chart();
+    let status = std::process::Command::new("tar")
+        .args(["-xzf", archive.to_str().unwrap(), "-C", folder.to_str().unwrap()])
         .status()
         .unwrap();
     assert!(status.success());
-    let file = copy.join("Chart.yaml");
-    let text = std::fs::read_to_string(&file).unwrap();
-    let text: Vec<String> = text
-        .lines()
-        .map(|line| {
-            if line.starts_with("version:") {
-                "version: 0.0.1".to_owned()
-            } else if line.starts_with("appVersion:") {
-                "appVersion: 0.0.1".to_owned()
-            } else {
-                line.to_owned()
-            }
-        })
-        .collect();
-    std::fs::write(file, text.join("\n")).unwrap();
-    // A field that a later version brought, and one of the kinds with it.
+    let copy = folder.join("freehold");
     let kind = copy.join("files/crds/modeldeployments.yaml");
     let text = std::fs::read_to_string(&kind).unwrap();
     std::fs::write(kind, text.replace("speculation:", "guessing:")).unwrap();

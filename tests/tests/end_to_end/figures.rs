@@ -88,6 +88,10 @@ pub async fn at_rest(world: &World, nodes: &[String], time: Duration) {
     {
         programs.push(((*name).to_owned(), process));
     }
+    let controllers = ["kube-controller-manager", "kube-scheduler"];
+    for (name, process) in controllers.iter().zip(world.cluster.process_ids()) {
+        programs.push(((*name).to_owned(), process));
+    }
     let (before, written): (Vec<f64>, _) = (programs.iter().map(|(_, p)| ticks(*p)).collect(), writes(world));
     tokio::time::sleep(time).await;
     println!(

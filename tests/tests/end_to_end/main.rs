@@ -9,56 +9,40 @@
     reason = "a test fails by panicking, its helpers too"
 )]
 
+mod deaths;
+mod example;
 mod figures;
+mod host;
+mod life;
+mod told;
 mod traffic;
 mod world;
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
+use deaths::{kill, survives};
+use life::leaves_what_the_user_owns;
 use serde_json::Value;
-use traffic::{Desk, Traffic};
-use world::{World, condition, places};
+use traffic::Desk;
+use world::{Chart, World, condition, places};
 
 /// What the operator takes for silence, and a little.
 const SILENCE: Duration = Duration::from_secs(40 + 15);
 /// No model moves before this: 90 s after the last heartbeat, which came at most 12 s before the cut.
 const GRACE: Duration = Duration::from_secs(90 - 12);
 
-async fn installs(world: &World, more: &[&str]) {
+async fn installs(world: &World, chart: Chart, more: &[&str]) {
     let begun = Instant::now();
-    world.helm("install", more);
+    world.helm("install", chart, more);
     println!("helm install until every pod is ready: {:.1?}", begun.elapsed());
     for node in &world.cluster.nodes {
-        world
-            .until(&format!("{} has reported", node.name), || {
-                let machines = world.person.get(&["inferencenodes"]);
-                let here = machines
-                    .iter()
-                    .find(|m| m["metadata"]["name"] == node.name.as_str());
-                here.filter(|machine| condition(machine, "Ready") == "True")
-                    .map(drop)
-                    .ok_or_else(|| format!("{machines:?}"))
-            })
-            .await;
+        world.until_reported(&node.name).await;
     }
-    let said = world.person.helm(
-        &["test", "freehold", "-n", "freehold-system", "--timeout", "60s"],
-        "",
-    );
-    assert!(said.good, "{}\n{}\n{}", said.out, said.errors, world.pods());
-}
-
-/// Kills processes at once.
-fn kill(processes: &[u32]) {
-    for process in processes {
-        assert!(
-            Command::new("kill")
-                .args(["-KILL", &process.to_string()])
-                .status()
-                .unwrap()
-                .success()
-        );
+    // The chart before asks for an image that is not here.
+    if matches!(chart, Chart::Ours) {
+        let words = ["test", "freehold", "-n", "freehold-system", "--timeout", "60s"];
+        let said = world.person.helm(&words, "");
+        assert!(said.good, "{}\n{}\n{}", said.out, said.errors, world.pods());
     }
 }
 
@@ -67,121 +51,6 @@ async fn answers(desk: &Desk, world: &World, url: &str, model: &str) {
         .until(&format!("{model} answers at {url}"), || desk.ask(url, model))
         .await;
     assert!(said.contains("Paris"), "{said}");
-}
-
-/// A worker, an agent, the operator, the API server, a kubelet: killed in turn.
-async fn survives(world: &mut World, desk: &Desk, traffic: &Traffic) {
-    let node = places(&world.model("smollm2")).remove(0);
-    let workers = world.processes(&node, "freehold-node-agent worker");
-    assert_eq!(workers.len(), 1);
-    kill(&workers);
-    traffic.until_well(world, "a worker was killed", 5).await;
-    world
-        .until("the restart is told", || {
-            let model = world.model("smollm2");
-            let instances = model["status"]["instances"]
-                .as_array()
-                .cloned()
-                .unwrap_or_default();
-            let told = instances
-                .iter()
-                .any(|i| i["node"] == node.as_str() && i["restarts"] == 1);
-            if told {
-                Ok(())
-            } else {
-                Err(model["status"].to_string())
-            }
-        })
-        .await;
-    world
-        .until_ready("both replicas are ready again", "smollm2", 2)
-        .await;
-
-    for component in ["node-agent", "operator"] {
-        let on = (component == "node-agent").then_some(node.as_str());
-        let pod = world.pod(component, on).unwrap()["metadata"]["name"]
-            .as_str()
-            .unwrap()
-            .to_owned();
-        let arguments = [
-            "delete",
-            "pod",
-            &pod,
-            "-n",
-            "freehold-system",
-            "--grace-period=0",
-            "--force",
-        ];
-        world.person.kubectl(&arguments, "").unwrap();
-        traffic
-            .until_well(world, &format!("the pod of the {component} was killed"), 20)
-            .await;
-        let look = || {
-            let pod = world.pod(component, on).ok_or("there is none")?;
-            if condition(&pod, "Ready") == "True" {
-                Ok(())
-            } else {
-                Err(pod["status"].to_string())
-            }
-        };
-        world.until(&format!("another {component} is there"), look).await;
-        world.until_ready("the model is ready", "smollm2", 2).await;
-    }
-
-    let before = traffic.count();
-    world.cluster.server.kill();
-    tokio::time::sleep(Duration::from_secs(15)).await;
-    let during = traffic.count();
-    println!(
-        "API server down for 15 s: {} of {} questions failed",
-        during.0 - before.0,
-        during.1 - before.1
-    );
-    assert!(
-        during.1 > before.1 && during.0 == before.0,
-        "serving needs no API server"
-    );
-    world.cluster.server.start_again().await.unwrap();
-    world
-        .until_ready("the API server is back, and the model ready", "smollm2", 2)
-        .await;
-    world.deploy(
-        "second",
-        "  placement: {nodeSelector: {matchLabels: {room: house}}}\n",
-    );
-    world
-        .until_ready("an edit after that is carried out", "second", 1)
-        .await;
-    answers(desk, world, &world.service(), "second").await;
-    world
-        .person
-        .kubectl(&["delete", "modeldeployment", "second"], "")
-        .unwrap();
-
-    let index = world
-        .cluster
-        .nodes
-        .iter()
-        .position(|found| found.name == node)
-        .unwrap();
-    let before = traffic.count();
-    world.cluster.nodes[index].kill_kubelet();
-    tokio::time::sleep(Duration::from_secs(15)).await;
-    let during = traffic.count();
-    println!(
-        "kubelet down for 15 s: {} of {} questions failed",
-        during.0 - before.0,
-        during.1 - before.1
-    );
-    assert!(
-        during.1 > before.1 && during.0 == before.0,
-        "serving needs no kubelet"
-    );
-    world.cluster.nodes[index].start_kubelet().unwrap();
-    world.cluster.until_ready().await.unwrap();
-    world
-        .until_ready("the kubelet is back, and the model ready", "smollm2", 2)
-        .await;
 }
 
 /// By label, and by memory: what does not fit is told, with the arithmetic.
@@ -355,119 +224,11 @@ async fn is_drained(world: &World, desk: &Desk) {
         .unwrap();
 }
 
-/// Every pod is replaced while people ask.
-async fn is_upgraded(world: &World, traffic: &Traffic) {
-    let before = traffic.count();
-    let begun = Instant::now();
-    world.helm(
-        "upgrade",
-        &[
-            "--set",
-            "nodeAgent.podLabels.upgraded=yes",
-            "--set",
-            "operator.podLabels.upgraded=yes",
-        ],
-    );
-    let label = ["pods", "-n", "freehold-system", "-l", "upgraded=yes"];
-    let look = || {
-        let pods = world.person.get(&label);
-        let ready = pods
-            .iter()
-            .filter(|pod| condition(pod, "Ready") == "True")
-            .count();
-        if ready == world.cluster.nodes.len() + 1 {
-            Ok(())
-        } else {
-            Err(format!("{ready} are ready"))
-        }
-    };
-    world.until("every pod is a new one", look).await;
-    world.until_ready("the model is ready", "smollm2", 2).await;
-    traffic.until_well(world, "the chart was upgraded", 10).await;
-    let after = traffic.count();
-    println!(
-        "chart upgraded in {:.0} s under traffic: {} of {} questions failed",
-        begun.elapsed().as_secs_f64(),
-        after.0 - before.0,
-        after.1 - before.1
-    );
-    assert_eq!(after.0, before.0, "questions failed");
-}
-
-/// Until now nobody of Freehold's asked the API server for more than it was granted, or was refused anything.
-fn keeps_to_its_rights(world: &World) {
-    let beyond = world.cluster.server.beyond_grants(&world.person, (0, 0)).unwrap();
-    assert!(beyond.is_empty(), "{beyond:#?}");
-}
-
-async fn leaves_what_the_user_owns(world: &World) {
-    keeps_to_its_rights(world);
-    world
-        .person
-        .helm(
-            &[
-                "uninstall",
-                "freehold",
-                "--namespace",
-                "freehold-system",
-                "--wait",
-            ],
-            "",
-        )
-        .unwrap();
-    let look = || {
-        let pods = world.person.get(&["pods", "-n", "freehold-system"]);
-        if pods.is_empty() {
-            Ok(())
-        } else {
-            Err(format!("{} pods", pods.len()))
-        }
-    };
-    world.until("no pod is left", look).await;
-    assert_eq!(
-        world.person.get(&["modeldeployments", "-A"]).len(),
-        1,
-        "the user's own stays"
-    );
-    let kinds = "deployments,daemonsets,services,serviceaccounts,clusterroles,clusterrolebindings,roles,rolebindings,networkpolicies,validatingadmissionpolicies,validatingadmissionpolicybindings";
-    let left = world
-        .person
-        .get(&[kinds, "-A", "-l", "app.kubernetes.io/name=freehold"]);
-    assert_eq!(left.len(), 0, "{left:?}");
-    // By name, for not everything bears the label.
-    let kinds = "configmaps,secrets,leases,poddisruptionbudgets,endpointslices,controllerrevisions,replicasets,jobs,persistentvolumeclaims,serviceaccounts,resourcequotas";
-    let names = |namespace: &str| {
-        let said = world
-            .person
-            .kubectl(&["get", kinds, "-n", namespace, "-o", "name"], "")
-            .unwrap();
-        said.lines().map(str::to_owned).collect::<Vec<_>>()
-    };
-    // The cluster puts its own into every namespace; Leases are told in docs/install.md with the way to remove them.
-    let mut left: Vec<_> = names("freehold-system")
-        .into_iter()
-        .filter(|name| {
-            !matches!(
-                name.as_str(),
-                "configmap/kube-root-ca.crt" | "serviceaccount/default"
-            )
-        })
-        .collect();
-    let machines = world.cluster.nodes.iter().map(|node| node.name.as_str());
-    for name in machines.chain(["freehold-operator"]) {
-        left.retain(|left| *left != format!("lease.coordination.k8s.io/{name}"));
-    }
-    assert_eq!(left, Vec::<String>::new());
-    for node in &world.cluster.nodes {
-        assert_eq!(world.processes(&node.name, "freehold-"), Vec::<u32>::new());
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs root, the images, and some minutes: just e2e"]
 async fn a_model_on_three_machines_outlives_what_befalls_them() {
     let mut world = World::make(3).await;
-    installs(&world, &[]).await;
+    installs(&world, Chart::Ours, &[]).await;
     let desk = Desk::on(&world, "node-3").await;
     let begun = Instant::now();
     world.deploy(
@@ -494,34 +255,14 @@ async fn a_model_on_three_machines_outlives_what_befalls_them() {
     is_placed(&world).await;
     is_drained(&world, &desk).await;
     is_cut_off(&world, &desk).await;
-    leaves_what_the_user_owns(&world).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs root, the images, and some minutes: just e2e"]
-async fn an_upgrade_leaves_no_question_unanswered() {
-    let world = World::make(3).await;
-    installs(&world, &[]).await;
-    let desk = Desk::on(&world, "node-3").await;
-    world.deploy(
-        "smollm2",
-        "  replicas: 2\n  placement: {nodeSelector: {matchLabels: {room: house}}}\n",
-    );
-    world
-        .until_ready("from kubectl apply to Ready", "smollm2", 2)
-        .await;
-    let traffic = desk.traffic(&world, "service", &world.service(), "smollm2");
-    traffic.until_well(&world, "nothing has happened yet", 5).await;
-    is_upgraded(&world, &traffic).await;
-    drop(traffic);
-    leaves_what_the_user_owns(&world).await;
+    leaves_what_the_user_owns(&world, &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs root and the images: just e2e-short"]
 async fn a_model_on_a_machine_answers_and_comes_back() {
-    let world = World::make(2).await;
-    installs(&world, &[]).await;
+    let mut world = World::make(2).await;
+    installs(&world, Chart::Ours, &[]).await;
     let desk = Desk::on(&world, "node-2").await;
     world.deploy(
         "smollm2",
@@ -537,7 +278,13 @@ async fn a_model_on_a_machine_answers_and_comes_back() {
     traffic.until_well(&world, "nothing has happened yet", 3).await;
     kill(&world.processes("node-1", "freehold-node-agent worker"));
     traffic.until_well(&world, "the worker was killed", 5).await;
-    leaves_what_the_user_owns(&world).await;
+    drop(traffic);
+    if host::is_possible() {
+        host::is_of_the_fleet(&mut world, &desk).await;
+    } else {
+        println!("a machine beside the nodes: skipped, for there is no systemd here");
+    }
+    leaves_what_the_user_owns(&world, &[]).await;
 }
 
 /// The only operator is on the machine that is cut off: another one takes over, and tells.
@@ -545,7 +292,7 @@ async fn a_model_on_a_machine_answers_and_comes_back() {
 #[ignore = "needs root, the images, and some minutes: just e2e"]
 async fn an_operator_that_is_cut_off_is_replaced() {
     let world = World::make(2).await;
-    installs(&world, &["--set", "operator.nodeSelector=null"]).await;
+    installs(&world, Chart::Ours, &["--set", "operator.nodeSelector=null"]).await;
     let on = |pod: &Value| pod["spec"]["nodeName"].as_str().unwrap().to_owned();
     let node = on(&world.pod("operator", None).unwrap());
     world

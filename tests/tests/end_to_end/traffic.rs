@@ -1,13 +1,13 @@
 //! A person's program in a pod of its own, calling a model.
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use freehold_tests::child::Program;
+use freehold_tests::person::{ask, client};
 use serde_json::{Value, json};
 
-use crate::world::{PATIENCE, World, client, network_of, python};
+use crate::world::{PATIENCE, World, network_of};
 
 /// A pod that waits, in whose network clients run.
 pub struct Desk {
@@ -19,7 +19,9 @@ impl Desk {
     pub async fn on(world: &World, node: &str) -> Self {
         let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "desk", "namespace": "default"},
             "spec": {"nodeName": node, "terminationGracePeriodSeconds": 1,
-                "containers": [{"name": "desk", "image": "localhost/pause:1", "imagePullPolicy": "Never"}]}});
+                "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+                "containers": [{"name": "desk", "image": "localhost/pause:1", "imagePullPolicy": "Never",
+                    "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}}}]}});
         world
             .until("a pod for clients is there", || {
                 let said = world.person.kubectl(&["apply", "-f", "-"], &pod.to_string());
@@ -33,36 +35,20 @@ impl Desk {
         };
         let (address, _) = world.until("it has an address", look).await;
         Self {
-            enter: network_of(world.node(node), &address),
+            enter: [vec!["nsenter".to_owned()], network_of(world.node(node), &address)].concat(),
         }
     }
 
     /// One question.
     pub fn ask(&self, url: &str, model: &str) -> Result<String, String> {
-        let output = Command::new("nsenter")
-            .args(&self.enter)
-            .args([&python(), &client(), url, model])
-            .output()
-            .unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-        if output.status.success() {
-            Ok(text(&output.stdout))
-        } else {
-            let errors = text(&output.stderr);
-            Err(errors.lines().last().unwrap_or_default().to_owned())
-        }
+        ask(&self.enter, url, model)
     }
 
     /// Question after question, until it is dropped.
     pub fn traffic(&self, world: &World, name: &str, url: &str, model: &str) -> Traffic {
-        let mut arguments = self.enter.clone();
-        arguments.extend([
-            python(),
-            client(),
-            url.to_owned(),
-            model.to_owned(),
-            "--forever".to_owned(),
-        ]);
+        let mut arguments = self.enter[1..].to_vec();
+        arguments.extend(client());
+        arguments.extend([url.to_owned(), model.to_owned(), "--forever".to_owned()]);
         let folder = world.cluster.server.folder();
         let program = std::path::Path::new("/usr/bin/nsenter");
         let program = Program::start(name, program, &arguments, folder).unwrap();
@@ -123,6 +109,13 @@ impl Traffic {
             assert!(begun.elapsed() < PATIENCE, "{why}: {since:?}\n{}", world.pods());
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+    }
+
+    /// What was said of those that failed.
+    pub fn problems(&self) -> Vec<String> {
+        let answers = self.answers();
+        let failed = answers.iter().filter(|a| !a["problem"].is_null());
+        failed.map(Value::to_string).collect()
     }
 
     /// How many of those asked so far failed, and how many there were.

@@ -200,6 +200,62 @@ async fn at_the_end_requests_in_flight_finish_and_new_ones_are_not_taken() {
     assert_eq!(lines.last().expect("a line")["code"], 200);
 }
 
+/// One answer on a connection that may stay open.
+async fn read_answer(stream: &mut TcpStream) -> String {
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"}}") {
+        let mut buffer = [0; 4096];
+        let read = tokio::time::timeout(PATIENCE, stream.read(&mut buffer));
+        let count = read.await.expect("in time").expect("read");
+        assert_ne!(count, 0, "{}", String::from_utf8_lossy(&seen));
+        seen.extend_from_slice(&buffer[..count]);
+    }
+    String::from_utf8(seen).expect("text")
+}
+
+/// A client that keeps its connection, and one that has just made it, cannot know that the end has begun.
+#[tokio::test]
+async fn at_the_end_a_request_on_a_connection_that_is_there_is_answered_and_told_to_be_the_last() {
+    let (bus, worker) = Bus::with(|options| options.linger_limit = PATIENCE, Vec::new()).await;
+    let request = raw_request(&chat(false).to_string());
+    let mut kept = TcpStream::connect(bus.address).await.expect("a connection");
+    worker.reply(answer(1, &["fine"], FinishReason::Stop));
+    kept.write_all(request.as_bytes()).await.expect("sent");
+    let first = read_answer(&mut kept).await;
+    assert!(!first.to_lowercase().contains("connection: close"), "{first}");
+    let mut fresh = TcpStream::connect(bus.address).await.expect("a connection");
+    eventually(|| bus.gateway.metrics(), |text| text.contains("connections 2")).await;
+
+    let address = bus.address;
+    let stopping = tokio::spawn(bus.stop());
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while TcpStream::connect(address).await.is_ok() {
+        assert!(std::time::Instant::now() < deadline, "still listening");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    for stream in [&mut kept, &mut fresh] {
+        worker.reply(answer(1, &["fine"], FinishReason::Stop));
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        let last = read_answer(stream).await;
+        assert!(last.starts_with("HTTP/1.1 200"), "{last}");
+        assert!(last.to_lowercase().contains("connection: close"), "{last}");
+        let end = tokio::time::timeout(PATIENCE, stream.read(&mut [0; 1])).await;
+        assert_eq!(end.expect("in time").expect("an end"), 0);
+    }
+    stopping.await.expect("stops");
+}
+
+#[tokio::test]
+async fn at_the_end_an_idle_connection_is_kept_no_longer_than_its_limit() {
+    let limit = Duration::from_millis(20);
+    let (bus, _worker) = Bus::with(|options| options.linger_limit = limit, Vec::new()).await;
+    let mut idle = TcpStream::connect(bus.address).await.expect("a connection");
+    eventually(|| bus.gateway.metrics(), |text| text.contains("connections 1")).await;
+    bus.stop().await;
+    let end = tokio::time::timeout(PATIENCE, idle.read(&mut [0; 1])).await;
+    assert_eq!(end.expect("in time").expect("an end"), 0);
+}
+
 #[tokio::test]
 async fn at_the_end_a_request_that_never_finishes_is_given_up() {
     let limit = Duration::from_millis(100);
@@ -222,14 +278,7 @@ async fn one_connection_serves_many_requests() {
         worker.reply(answer(1, &["fine"], FinishReason::Stop));
         let request = raw_request(&chat(false).to_string());
         stream.write_all(request.as_bytes()).await.expect("sent");
-        let mut seen = Vec::new();
-        while !seen.ends_with(b"}}") {
-            let mut buffer = [0; 4096];
-            let read = tokio::time::timeout(PATIENCE, stream.read(&mut buffer));
-            let count = read.await.expect("in time").expect("read");
-            assert_ne!(count, 0, "{}", String::from_utf8_lossy(&seen));
-            seen.extend_from_slice(&buffer[..count]);
-        }
-        assert!(seen.starts_with(b"HTTP/1.1 200"));
+        let seen = read_answer(&mut stream).await;
+        assert!(seen.starts_with("HTTP/1.1 200"));
     }
 }
