@@ -130,5 +130,11 @@ async fn a_named_cluster_keeps_its_machines_and_what_runs_there() {
         .await
         .unwrap_err();
     assert!(format!("{refused:#}").contains(&machine), "{refused:#}");
-    person.get(&["node", &machine]);
+    let there = person.get(&["nodes"]);
+    assert!(
+        there
+            .iter()
+            .any(|node| node["metadata"]["name"] == machine.as_str()),
+        "{there:?}"
+    );
 }

@@ -244,8 +244,8 @@ async fn what_the_chart_grants_is_what_is_used() {
     // Heartbeats come, and a token is renewed, in their own time.
     let accounts = ["freehold-operator", "freehold-node-agent", HOST];
     let idle = || -> Vec<String> {
-        let of = |account: &&str| (*account, server.idle_grants(&person, account).unwrap());
-        let idle = accounts.iter().map(of);
+        let of = |account| (account, server.idle_grants(&person, account).unwrap());
+        let idle = accounts.into_iter().map(of);
         idle.flat_map(|(account, verbs)| verbs.into_iter().map(move |verb| format!("{account}: {verb}")))
             .collect()
     };

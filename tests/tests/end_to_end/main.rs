@@ -327,5 +327,4 @@ async fn an_operator_that_is_cut_off_is_replaced() {
         other => Err(other.to_owned()),
     };
     world.until("it is back", look).await;
-    keeps_to_its_rights(&world);
 }
