@@ -18,7 +18,7 @@ pub fn chart() -> PathBuf {
 /// That of the version before: what people have who upgrade.
 ///
 /// Nothing is released yet, so it is the chart as commit a2c3509 had it (`git archive a2c3509 charts/freehold`), under
-/// the version 0.0.1. It lies here as a file because the clone that is tested may be shallow; a release puts its own
+/// the version 0.0.1. It lies here because the clone that is tested may be shallow; a release puts its own
 /// chart in its place. None that is older will do for an upgrade under traffic: before that commit, a pod that ended
 /// was gone before everybody had heard of it.
 #[must_use]

@@ -37,16 +37,15 @@ fn version(metadata: &Value) -> Value {
     }
 }
 
-/// The chart of the version before, unpacked. One field of the kinds has another name in it: between two versions
-/// that have the same kinds, nobody could see that they are upgraded.
+/// The chart of the version before. One field of the kinds has another name in it: between two versions that have
+/// the same kinds, nobody could see that they are upgraded.
 fn previous(folder: &Path) -> std::path::PathBuf {
-    let archive = previous_chart();
-    let status = std::process::Command::new("tar")
-        .args(["-xzf", archive.to_str().unwrap(), "-C", folder.to_str().unwrap()])
+    let copy = folder.join("freehold");
+    let status = std::process::Command::new("cp")
+        .args(["-r", previous_chart().to_str().unwrap(), copy.to_str().unwrap()])
         .status()
         .unwrap();
     assert!(status.success());
-    let copy = folder.join("freehold");
     let kind = copy.join("files/crds/modeldeployments.yaml");
     let text = std::fs::read_to_string(&kind).unwrap();
     std::fs::write(kind, text.replace("speculation:", "guessing:")).unwrap();
