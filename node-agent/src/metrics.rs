@@ -212,15 +212,15 @@ mod tests {
             assignment: "default.a.1".into(),
         };
         let model = ModelLabels::of_assignment("default.a.1");
-        instances.get_or_create(&PhaseLabel {
+        let _ = instances.get_or_create(&PhaseLabel {
             phase: "Ready".into(),
         });
-        restarts.get_or_create(&assignment);
-        worker_memory.get_or_create(&assignment);
-        model_energy.get_or_create(&model);
-        model_energy_tokens.get_or_create(&model);
-        model_joules_per_million.get_or_create(&model);
-        model_cost_per_million.get_or_create(&model);
+        let _ = restarts.get_or_create(&assignment);
+        let _ = worker_memory.get_or_create(&assignment);
+        let _ = model_energy.get_or_create(&model);
+        let _ = model_energy_tokens.get_or_create(&model);
+        let _ = model_joules_per_million.get_or_create(&model);
+        let _ = model_cost_per_million.get_or_create(&model);
         let text = metrics.text();
         let samples = samples(&text);
         let mut names = named();

@@ -178,15 +178,15 @@ mod tests {
         } = &metrics;
         // What has labels is told once it has a value.
         let kind = Kind { kind: "a" };
-        reconciles.get_or_create(&Outcome {
+        let _ = reconciles.get_or_create(&Outcome {
             kind: "a",
             outcome: "ok",
         });
-        reconcile_seconds.get_or_create(&kind);
-        writes.get_or_create(&kind);
-        objects.get_or_create(&kind);
-        malformed.get_or_create(&kind);
-        nodes.get_or_create(&NodeState { state: "Alive" });
+        let _ = reconcile_seconds.get_or_create(&kind);
+        let _ = writes.get_or_create(&kind);
+        let _ = objects.get_or_create(&kind);
+        let _ = malformed.get_or_create(&kind);
+        let _ = nodes.get_or_create(&NodeState { state: "Alive" });
         let text = metrics.encode();
         let samples = samples(&text);
         let mut names = named();
