@@ -1,10 +1,10 @@
 //! The engine against candle-transformers, which computes the same model another way.
 //!
-//! Three questions, kept apart. Is the model right? Both compute with 32-bit floats, and must write the same
-//! tokens. Is it right as people run it? Both round activations to 8 bits in blocks of 32, each with arithmetic of
-//! its own. And what does that rounding cost? The engine as people run it beside 32-bit floats; the bounds are those
-//! that the rounding explains. Candle reads from the environment that it is to turn weights into floats, so that
-//! oracle runs in a process of its own.
+//! Two questions, kept apart. Is the model right? Both compute with 32-bit floats, and must write the same tokens.
+//! And what does rounding activations to 8 bits cost? The engine as people run it beside 32-bit floats; the bounds are
+//! those that the rounding explains. (An oracle that rounds by the same rule was tried: it differs as much, for a sum in
+//! another order makes another number of the next rounding; see docs/benchmarks.md.) Candle reads from the environment
+//! that it is to turn weights into floats, so the oracle runs in a process of its own.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
@@ -16,14 +16,13 @@ use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama;
 use common::ask::{Answer, answer, ask, request, tokens};
-use common::rounding::RoundingLlama;
 use common::{PROMPTS, SMOLLM2, model};
 use freehold_engine::{Engine, EngineOptions, KvType};
 
 /// Has candle turn quantised weights to floats when they are loaded.
 const FLOATS: &str = "CANDLE_DEQUANTIZE_ALL";
 
-/// Tokens of each answer beside an oracle that rounds otherwise: its bounds were measured at this length.
+/// Tokens of each answer of the engine that rounds: its bounds were measured at this length.
 const ROUNDED_TOKENS: u32 = 16;
 
 /// Tokens of each answer.
@@ -180,15 +179,6 @@ fn as_people_run_it_tokens_differ_only_where_two_are_nearly_as_likely() {
     // 0.002 and 0.003: it is the rounding, and not the model, which the test above holds to 0.0003.
     assert!(found.widest_first_gap() < 0.5);
     assert!(found.mean_difference < 0.06);
-}
-
-/// The engine as people run it, but for the cache, beside an oracle that rounds by the same rule.
-#[test]
-fn as_people_run_it_it_writes_what_an_oracle_writes_that_rounds_too() {
-    let mut oracle = RoundingLlama::load(&file(), 512).unwrap();
-    let mut oracle = |inputs: &Tensor, position| oracle.forward(inputs, position);
-    let found = compare(&engine(false, KvType::F32), &mut oracle, answer_tokens());
-    assert!(found.widest_first_gap() < 0.05, "{found:?}");
 }
 
 #[test]
