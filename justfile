@@ -63,7 +63,6 @@ soak SECONDS="1800":
 # Greedy answers beside candle-transformers, token by token: all the tests' prompts, of SmolLM2 or of another llama's FILE
 oracle FILE="" TOKENS="64":
     FREEHOLD_TEST_TOKENS={{TOKENS}} {{ if FILE == "" { "" } else { "FREEHOLD_TEST_ORACLE_FILE=" + FILE } }} cargo test --workspace --test oracle -- --nocapture
-    FREEHOLD_TEST_TOKENS={{TOKENS}} {{ if FILE == "" { "" } else { "FREEHOLD_TEST_ORACLE_FILE=" + FILE } }} cargo test --workspace --test oracle -- --nocapture --ignored an_oracle_that_rounds_too
 
 # Fuzzers of model files, templates, texts and requests, SECONDS each; what they find lies in tests/fuzz/artifacts
 fuzz SECONDS="300":

@@ -1,9 +1,10 @@
 //! The engine against candle-transformers, which computes the same model another way.
 //!
-//! Two questions, kept apart. Is the model right? Both compute with 32-bit floats, and must write the same
-//! tokens. What does rounding activations to 8 bits cost? The engine as people run it is held to the same
-//! oracle, and the bounds are those that the rounding explains. Candle reads from the environment that it
-//! is to turn weights into floats, so the oracle runs in a process of its own.
+//! Two questions, kept apart. Is the model right? Both compute with 32-bit floats, and must write the same tokens.
+//! And what does rounding activations to 8 bits cost? The engine as people run it beside 32-bit floats; the bounds are
+//! those that the rounding explains. (An oracle that rounds by the same rule was tried: it differs as much, for a sum in
+//! another order makes another number of the next rounding; see docs/benchmarks.md.) Candle reads from the environment
+//! that it is to turn weights into floats, so the oracle runs in a process of its own.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
@@ -15,19 +16,18 @@ use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama;
 use common::ask::{Answer, answer, ask, request, tokens};
-use common::rounding::RoundingLlama;
 use common::{PROMPTS, SMOLLM2, model};
 use freehold_engine::{Engine, EngineOptions, KvType};
 
 /// Has candle turn quantised weights to floats when they are loaded.
 const FLOATS: &str = "CANDLE_DEQUANTIZE_ALL";
 
-/// Tokens of each answer beside an oracle that rounds otherwise: its bounds were measured at this length.
+/// Tokens of each answer of the engine that rounds: its bounds were measured at this length.
 const ROUNDED_TOKENS: u32 = 16;
 
-/// Tokens of each answer; `just oracle` has 64.
+/// Tokens of each answer.
 fn answer_tokens() -> u32 {
-    std::env::var("FREEHOLD_TEST_TOKENS").map_or(32, |tokens| tokens.parse().unwrap())
+    std::env::var("FREEHOLD_TEST_TOKENS").map_or(64, |tokens| tokens.parse().unwrap())
 }
 
 /// The model, or another of the same kind: `just oracle FILE`.
@@ -151,7 +151,6 @@ fn the_engine_equals_the_oracle() {
     let own = std::env::current_exe().unwrap();
     let mut child = std::process::Command::new(own);
     child.args(["--ignored", "--nocapture", "--test-threads=1"]);
-    child.args(["--skip", "an_oracle_that_rounds_too"]);
     let output = child.env(FLOATS, "1").output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     println!("{text}{}", String::from_utf8_lossy(&output.stderr));
@@ -164,8 +163,10 @@ fn with_floats_every_token_is_the_oracles() {
     assert!(std::env::var_os(FLOATS).is_some(), "set {FLOATS}=1");
     let found = compare(&engine(true, KvType::F32), &mut candle(), answer_tokens());
     assert_eq!(found.equal_answers, found.answers);
-    let least = found.answers * answer_tokens() as usize / 2;
-    assert!(found.answers >= 50 && found.tokens > least, "{found:?}");
+    assert!(
+        found.answers >= 50 && found.tokens > found.answers * 30,
+        "{found:?}"
+    );
     assert!(found.largest_difference < 2e-3);
 }
 
@@ -176,22 +177,6 @@ fn as_people_run_it_tokens_differ_only_where_two_are_nearly_as_likely() {
     let found = compare(&engine(false, KvType::F16), &mut candle(), ROUNDED_TOKENS);
     // Measured: 0.37 and 0.041, with a 16-bit cache. Rounding activations to 12 bits in place of 8 leaves
     // 0.002 and 0.003: it is the rounding, and not the model, which the test above holds to 0.0003.
-    assert!(found.widest_first_gap() < 0.5);
-    assert!(found.mean_difference < 0.06);
-}
-
-/// The engine as people run it, but for the cache, beside an oracle that rounds activations by the same rule. It is no
-/// nearer than one that does not round. Why, as far as we can tell: the order of additions moves a number by a
-/// millionth, which turns one rounding in some thousands the other way, which moves the next layer's numbers enough to
-/// turn one in a hundred, and after a few layers the two round independently. Measured over 64 tokens: 12 of 50 answers
-/// equal; first gaps of 0.07 in the median and 0.31 at most, 27 of 38 above 0.05; log probabilities 0.034 apart on
-/// average.
-#[test]
-#[ignore = "a measurement: just oracle"]
-fn an_oracle_that_rounds_too_is_as_far_away_as_one_that_does_not() {
-    let mut oracle = RoundingLlama::load(&file(), 512).unwrap();
-    let mut oracle = |inputs: &Tensor, position| oracle.forward(inputs, position);
-    let found = compare(&engine(false, KvType::F32), &mut oracle, answer_tokens());
     assert!(found.widest_first_gap() < 0.5);
     assert!(found.mean_difference < 0.06);
 }

@@ -3,7 +3,6 @@
 
 pub mod ask;
 pub mod gguf;
-pub mod rounding;
 
 use std::path::PathBuf;
 
