@@ -389,10 +389,12 @@ fn apply_twice(person: &Person, which: &[&str]) -> BTreeMap<String, Value> {
         found = versions(person, which);
         let said = apply();
         if way.is_empty() {
-            // kubectl itself compares then, and has nothing to send.
+            // kubectl itself compares then, and has nothing to send; but lists of one's own kinds it compares whole, and
+            // sends those in whose items the API server has filled in what was not said. That they change nothing is seen
+            // below.
             let sent: Vec<_> = said
                 .lines()
-                .filter(|line| !line.ends_with(" unchanged"))
+                .filter(|line| !line.ends_with(" unchanged") && !line.starts_with("healthprobe"))
                 .collect();
             assert!(sent.is_empty(), "{which:?}: {sent:?}");
         }
