@@ -94,11 +94,10 @@ pub(crate) fn resource_list(resources: &[Resource], group: &str, version: &str) 
 /// What a client accepts that wants to learn of all groups in one answer.
 const AGGREGATED: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
 
-/// The content type of [`aggregated`], if the first that a client accepts of what there is is that.
+/// The content type of [`aggregated`], if a client accepts that, wherever in its list: as the API server has it.
 pub(crate) fn wants_aggregated(accept: &str) -> Option<&'static str> {
-    let parts = accept.split(',').map(|part| part.replace(' ', ""));
-    let mut known = parts.filter(|part| part == AGGREGATED || part == "application/json" || part == "*/*");
-    known.next().filter(|part| part == AGGREGATED).map(|_| AGGREGATED)
+    let mut parts = accept.split(',').map(|part| part.replace(' ', ""));
+    parts.any(|part| part == AGGREGATED).then_some(AGGREGATED)
 }
 
 /// `/api` and `/apis` in one document: groups, versions, resources.
@@ -112,7 +111,9 @@ pub(crate) fn aggregated(resources: &[Resource], core: bool) -> Value {
         .into_iter()
         .map(|(group, version)| {
             let of_group = resources.iter().filter(|r| r.group == group && r.version == version);
-            let entries: Vec<Value> = of_group.map(aggregated_resource).collect();
+            let mut of_group: Vec<&Resource> = of_group.collect();
+            of_group.sort_by_key(|resource| &resource.plural);
+            let entries: Vec<Value> = of_group.into_iter().map(aggregated_resource).collect();
             let metadata = if group.is_empty() { json!({}) } else { json!({"name": group}) };
             json!({"metadata": metadata, "versions": [{"version": version, "resources": entries, "freshness": "Current"}]})
         })

@@ -15,6 +15,8 @@ pub(crate) struct Writer {
     pub(crate) api_version: String,
     /// Empty, or `status`.
     pub(crate) subresource: String,
+    /// Whether status has a door of its own, so that through the other nobody comes to own it: not even by its defaults.
+    pub(crate) status_apart: bool,
     /// RFC 3339 in whole seconds.
     pub(crate) now: String,
 }
@@ -152,6 +154,8 @@ fn strip(mut set: FieldSet, writer: &Writer) -> FieldSet {
     }
     set = if writer.subresource == "status" {
         set.without("f:spec")
+    } else if writer.status_apart {
+        set.without("f:status")
     } else {
         set
     };
@@ -224,6 +228,7 @@ const OLDEST_MANAGERS: &str = "ancient-changes";
 /// Makes one manager of the oldest that updated through the same version, so that no more than
 /// [`UPDATE_MANAGERS`] are left.
 fn cap_update_managers(entries: &mut Vec<Entry>) {
+    entries.retain(|entry| !entry.set.is_empty());
     let count = |entries: &[Entry]| entries.iter().filter(|entry| entry.operation == "Update").count();
     if count(entries) <= UPDATE_MANAGERS {
         return;

@@ -16,6 +16,7 @@ fn schema() -> Value {
 
 fn writer(manager: &str) -> Writer {
     Writer {
+        status_apart: false,
         manager: manager.into(),
         api_version: "t/v1".into(),
         subresource: String::new(),

@@ -70,7 +70,7 @@ async fn what_lies_too_far_back_is_told_alike() {
     }
 
     let change = |number: usize| {
-        let body = json!({"spec": {"size": number % 7}});
+        let body = json!({"spec": {"size": number % 7 + 1}});
         let path = saved[0]["ns"].clone();
         let path = format!("/apis/test.example.com/v1/namespaces/{path}/gadgets/a");
         Request::new("PATCH", path).with_body("application/merge-patch+json", &body)

@@ -314,6 +314,7 @@ fn revision_of(body: &Value) -> Option<&str> {
 
 fn writer(target: Target<'_>, options: &WriteOptions) -> Writer {
     Writer {
+        status_apart: target.resource.status_subresource,
         manager: options.field_manager.clone(),
         api_version: target.resource.api_version(),
         subresource: target.subresource.to_owned(),
