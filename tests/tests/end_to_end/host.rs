@@ -9,6 +9,7 @@ use freehold_tests::parts::{cache, own};
 use freehold_tests::person::{Said, ask};
 
 use crate::answers;
+use crate::life::keeps_to_its_rights;
 use crate::traffic::Desk;
 use crate::world::{MODEL, World};
 
@@ -97,6 +98,8 @@ async fn joins(world: &mut World) -> Space {
 }
 
 fn leaves(world: &mut World) {
+    // While its roles are there to compare with.
+    keeps_to_its_rights(world);
     let delete = ["delete", "modeldeployment", "outside"];
     world.person.kubectl(&delete, "").unwrap();
     let machine = world.machine.as_ref().unwrap();
