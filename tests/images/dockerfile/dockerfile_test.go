@@ -49,7 +49,7 @@ func stages(t *testing.T, text []byte) []instructions.Stage {
 }
 
 func TestDockerfilesReadAsBuildKitReadsThem(t *testing.T) {
-	built := read(t, "manifests/images/build.py")
+	pinned := read(t, "manifests/images/requirements.txt")
 	for _, program := range []string{"operator", "node-agent"} {
 		t.Run(program, func(t *testing.T) {
 			text := read(t, program+"/Dockerfile")
@@ -95,8 +95,8 @@ func TestDockerfilesReadAsBuildKitReadsThem(t *testing.T) {
 				t.Errorf("user %q, entry point %q", user, entry)
 			}
 			for _, pin := range pins.FindAll(text, -1) {
-				if !bytes.Contains(built, pin) {
-					t.Errorf("build.py has another version than %s", pin)
+				if !bytes.Contains(pinned, pin) {
+					t.Errorf("manifests/images/requirements.txt has another version than %s", pin)
 				}
 			}
 			// What the build copies from the tree at its end.
