@@ -106,7 +106,7 @@ impl Log {
     }
 
     /// Complaints about what the accounts of `namespace` asked for: what they were refused, and what no role among
-    /// `objects` grants them. Of an account without any role, such as one of a machine that has left, refusals count.
+    /// `objects` grants them.
     #[must_use]
     pub fn beyond_grants(&self, objects: &[Value], namespace: &str) -> Vec<String> {
         let mut beyond = Vec::new();
@@ -116,7 +116,7 @@ impl Log {
                 if refused > 0 {
                     beyond.push(format!("{account} was refused {verb} {refused} times"));
                 }
-                if !granted.is_empty() && !granted.contains(&verb) {
+                if !granted.contains(&verb) {
                     beyond.push(format!(
                         "{account} asked for {verb}, which no role of its own grants"
                     ));

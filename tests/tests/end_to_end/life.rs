@@ -75,7 +75,15 @@ async fn an_upgrade_and_a_rollback_leave_no_question_unanswered() {
 
 /// Until now nobody of Freehold's asked the API server for more than it was granted, or was refused anything.
 pub fn keeps_to_its_rights(world: &World) {
-    let beyond = world.cluster.server.beyond_grants(&world.person, (0, 0)).unwrap();
+    let mut beyond = world.cluster.server.beyond_grants(&world.person, (0, 0)).unwrap();
+    // With a machine that has left, its account and its roles are gone; they were compared before it left.
+    let accounts = world.person.get(&["serviceaccounts", "-n", "freehold-system"]);
+    let is_there = |complaint: &String| {
+        let account = complaint.split(' ').next().unwrap_or_default();
+        !account.starts_with("freehold-host-")
+            || accounts.iter().any(|there| there["metadata"]["name"] == account)
+    };
+    beyond.retain(is_there);
     assert!(beyond.is_empty(), "{beyond:#?}");
 }
 
