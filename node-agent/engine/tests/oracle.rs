@@ -25,9 +25,9 @@ const FLOATS: &str = "CANDLE_DEQUANTIZE_ALL";
 /// Tokens of each answer of the engine that rounds: its bounds were measured at this length.
 const ROUNDED_TOKENS: u32 = 16;
 
-/// Tokens of each answer.
+/// Tokens of each answer; 64 in the long form (`just oracle`).
 fn answer_tokens() -> u32 {
-    std::env::var("FREEHOLD_TEST_TOKENS").map_or(64, |tokens| tokens.parse().unwrap())
+    std::env::var("FREEHOLD_TEST_TOKENS").map_or(16, |tokens| tokens.parse().unwrap())
 }
 
 /// The model, or another of the same kind: `just oracle FILE`.
@@ -164,7 +164,7 @@ fn with_floats_every_token_is_the_oracles() {
     let found = compare(&engine(true, KvType::F32), &mut candle(), answer_tokens());
     assert_eq!(found.equal_answers, found.answers);
     assert!(
-        found.answers >= 50 && found.tokens > found.answers * 30,
+        found.answers >= 50 && found.tokens * 10 > found.answers * answer_tokens() as usize * 9,
         "{found:?}"
     );
     assert!(found.largest_difference < 2e-3);
