@@ -67,9 +67,7 @@ unsafe fn quantized_group<S: Simd, L: Layout>(
         match (view.group.rows, S::ROWS) {
             (1, _) => rows_of_group::<S, L, 1, 1>(simd, tile, ahead, view, out),
             (2, _) => rows_of_group::<S, L, 2, 2>(simd, tile, ahead, view, out),
-            (4, 2) => rows_of_group::<S, L, 2, 4>(simd, tile, ahead, view, out),
             (4, _) => rows_of_group::<S, L, 4, 4>(simd, tile, ahead, view, out),
-            (_, 2) => rows_of_group::<S, L, 2, 8>(simd, tile, ahead, view, out),
             (_, 4) => rows_of_group::<S, L, 4, 8>(simd, tile, ahead, view, out),
             _ => rows_of_group::<S, L, 8, 8>(simd, tile, ahead, view, out),
         }

@@ -20,11 +20,10 @@ use super::unpack::{Unpacked, unpack};
 /// beside what was made of it.
 const PACKED_AT_ONCE: usize = 8 << 20;
 
-/// How far ahead weights are asked for: an eighth of what a thread reads of the matrix, within these. Far enough to
-/// bridge the time of memory, while what is asked for beyond a thread's own end stays little. Measured on Zen 4 with one
-/// row: 64 KiB beside 4 gave a 1B model a tenth, and 34 KiB a small one a seventh; 128 KiB were worse for both. With 2 to
-/// 16 rows, asking at all gave 7 to 58 %.
-const AHEAD: (usize, usize) = (8 << 10, 64 << 10);
+/// How far ahead weights are asked for at least: enough to bridge the time of memory. It is an eighth of what a thread
+/// reads of the matrix, so that what is asked for beyond a thread's own end stays little, and at most what
+/// [`super::Dispatch::reach`] says.
+const LEAST_REACH: usize = 8 << 10;
 
 /// How a matrix lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -273,7 +272,7 @@ impl Matrix {
             columns,
             format,
             tile_bytes,
-            ahead: (share / 8).clamp(AHEAD.0, AHEAD.1),
+            ahead: (share / 8).clamp(LEAST_REACH, compute.dispatch.reach()),
             data,
         })
     }
