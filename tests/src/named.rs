@@ -141,8 +141,13 @@ impl NamedCluster {
         let policy = json!({"apiVersion": group, "kind": "ValidatingAdmissionPolicy", "metadata": {"name": name}, "spec": {
             "failurePolicy": "Fail",
             "matchConstraints": {"resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]},
-            "matchConditions": [{"name": "of-the-chart",
-                "expression": "object.metadata.?labels['app.kubernetes.io/name'].orValue('') == 'freehold'"}],
+            "matchConditions": [
+                {"name": "of-the-chart",
+                    "expression": "object.metadata.?labels['app.kubernetes.io/name'].orValue('') == 'freehold'"},
+                // What is only tried starts nowhere; the pod below finds out whether the policy is in force.
+                {"name": "made-for-good", "expression": format!(
+                    "!has(request.dryRun) || !request.dryRun || object.metadata.?name.orValue('') == '{name}'")},
+            ],
             "validations": [{"message": message,
                 "expression": format!("object.spec.?nodeName.orValue('').startsWith('{OURS}')")}],
         }});

@@ -25,6 +25,8 @@ pub struct Found {
     title: String,
     pub complaints: Vec<String>,
     reasons: BTreeSet<String>,
+    /// Those of [`WORDS`] that were met.
+    words: BTreeSet<&'static str>,
     /// What the embedded server answered, step by step, so far as it can be compared with what it answers again.
     embedded: Vec<Value>,
     /// It ended early, at [`NULLED`].
@@ -81,6 +83,12 @@ async fn answer_alike(both: Both) {
     for found in &failed {
         println!("== {}\n{}", found.title, found.complaints.join("\n"));
     }
+    let met: BTreeSet<&str> = found.iter().flat_map(|f| &f.words).copied().collect();
+    let unmet: Vec<&str> = WORDS
+        .iter()
+        .map(|(words, _)| *words)
+        .filter(|words| !met.contains(words))
+        .collect();
     let reasons: BTreeSet<&str> = found
         .iter()
         .flat_map(|f| &f.reasons)
@@ -92,6 +100,10 @@ async fn answer_alike(both: Both) {
         failed.len()
     );
     assert!(failed.is_empty(), "{} of {total} cases differ", failed.len());
+    assert!(
+        unmet.is_empty() || !only.is_empty(),
+        "no case meets {unmet:?} in a message that differs: take them away"
+    );
 }
 
 /// Every reason that a case gives stands in the document, for people to read.
@@ -192,6 +204,7 @@ pub async fn run_case(both: Arc<Both>, number: usize, title: String, case: Case)
     let mut renamed = [Renamed::default(), Renamed::default()];
     let mut complaints = Vec::new();
     let mut reasons = BTreeSet::new();
+    let mut words = BTreeSet::new();
     'steps: for (at, step) in case.steps.iter().enumerate() {
         for round in 1..=step.times.unwrap_or(1) {
             for saved in &mut saved {
@@ -221,6 +234,11 @@ pub async fn run_case(both: Arc<Both>, number: usize, title: String, case: Case)
                 .into_iter()
                 .partition(|difference| reason(step, difference).is_some());
             reasons.extend(known.iter().filter_map(|difference| reason(step, difference)));
+            words.extend(
+                known
+                    .iter()
+                    .filter_map(|difference| Some(other_words(difference)?.0)),
+            );
             for (place, reason) in &step.differs {
                 if !known.iter().any(|difference| difference.at.starts_with(place)) {
                     complaints.push(format!(
@@ -244,6 +262,7 @@ pub async fn run_case(both: Arc<Both>, number: usize, title: String, case: Case)
         title,
         complaints,
         reasons,
+        words,
         embedded: answered,
         cut_short,
         of_a_cache,
@@ -301,20 +320,19 @@ const WORDS: &[(&str, &str)] = &[
     ),
 ];
 
-fn other_words(difference: &Difference) -> Option<String> {
+fn other_words(difference: &Difference) -> Option<(&'static str, &'static str)> {
     let told = difference.at.ends_with("/message");
     let (Some(Value::String(real)), Some(Value::String(_)), true) =
         (&difference.real, &difference.embedded, told)
     else {
         return None;
     };
-    let known = WORDS.iter().find(|(words, _)| real.contains(words))?;
-    Some(known.1.to_owned())
+    WORDS.iter().copied().find(|(words, _)| real.contains(words))
 }
 
 fn reason(step: &Step, difference: &Difference) -> Option<String> {
-    if let Some(reason) = other_words(difference) {
-        return Some(reason);
+    if let Some((_, reason)) = other_words(difference) {
+        return Some(reason.to_owned());
     }
     let known = step
         .differs

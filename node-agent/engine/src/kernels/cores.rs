@@ -202,6 +202,70 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "its neighbour runs it in a group of its own"]
+    fn threads_of_this_process() {
+        println!("threads: {}", available_threads());
+    }
+
+    /// A control group whose quota is one core's time, which goes with the value; None where none may be made.
+    #[cfg(target_os = "linux")]
+    struct OneCore(std::path::PathBuf);
+
+    #[cfg(target_os = "linux")]
+    impl OneCore {
+        fn make() -> Option<Self> {
+            let name = format!("freehold-test-{}", std::process::id());
+            // Version 1 has a tree for processor time; version 2 one for everything.
+            let trees = [
+                ("cpu", "cpu.cfs_quota_us", "100000"),
+                ("", "cpu.max", "100000 100000"),
+            ];
+            trees.into_iter().find_map(|(tree, file, quota)| {
+                let folder = Path::new("/sys/fs/cgroup").join(tree).join(&name);
+                std::fs::create_dir(&folder).ok()?;
+                let group = Self(folder);
+                std::fs::OpenOptions::new()
+                    .write(true)
+                    .open(group.0.join(file))
+                    .and_then(|mut file| std::io::Write::write_all(&mut file, quota.as_bytes()))
+                    .ok()?;
+                Some(group)
+            })
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    impl Drop for OneCore {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir(&self.0);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_quota_of_the_control_group_counts() {
+        let Some(group) = OneCore::make() else {
+            println!("skipped: no control group with a quota may be made here, which takes root");
+            return;
+        };
+        let this = std::env::current_exe().unwrap();
+        let run = std::process::Command::new("sh")
+            .args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec \"$@\""])
+            .arg(&group.0)
+            .arg(this)
+            .args(["--ignored", "--exact", "--nocapture"])
+            .arg("kernels::cores::tests::threads_of_this_process")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&run.stdout);
+        assert!(
+            said.contains("threads: 1\n"),
+            "{said}{}",
+            String::from_utf8_lossy(&run.stderr)
+        );
+    }
+
+    #[test]
     fn this_machine_has_a_core() {
         assert!(available_threads() >= 1);
     }
