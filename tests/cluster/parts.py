@@ -4,7 +4,7 @@
 
 Sets: api (kube-apiserver, etcd, kine), helm, tools (the kinds of Flux, Argo CD, k3s's Helm controller and the
 Prometheus operator), control (controller manager and scheduler), containers (containerd, runc, CNI plugins and nft),
-node (these, kubelet and kube-proxy). What the Go modules hold is built from the release's own sources, pinned by go.mod
+node (these, kubelet and kube-proxy), policies (these, and kube-router, which keeps NetworkPolicies as k3s does). What the Go modules hold is built from the release's own sources, pinned by go.mod
 and go.sum beside this file. A part is built again only when its pins or flags changed."""
 
 import hashlib
@@ -247,6 +247,15 @@ int main(void) {
 """
 
 
+def link_iptables(cache):
+    """Names that the package's own script would give to its one program."""
+    folder = cache / "node" / "usr" / "sbin"
+    for family in ("iptables", "ip6tables"):
+        for name in (family, f"{family}-save", f"{family}-restore"):
+            if not (folder / name).is_symlink():
+                (folder / name).symlink_to("xtables-nft-multi")
+
+
 def pause(cache):
     """The image that holds a pod's namespaces: one static program that waits, as an OCI archive."""
     target = cache / "node" / "pause.tar"
@@ -290,9 +299,9 @@ def archive(name, files, entrypoint, target):
 
 
 def main(cache, sets):
-    unknown = set(sets) - {"api", "helm", "tools", "control", "containers", "node"}
+    unknown = set(sets) - {"api", "helm", "tools", "control", "containers", "node", "policies"}
     if unknown:
-        sys.exit(f"no such set: {', '.join(unknown)}; there are api, helm, tools, control, containers and node")
+        sys.exit(f"no such set: {', '.join(unknown)}; there are api, helm, tools, control, containers, node and policies")
     cache.mkdir(parents=True, exist_ok=True)
     if platform.system() != "Linux":
         linux = sorted(set(sets) - {"helm", "tools"})
@@ -314,9 +323,12 @@ def main(cache, sets):
             tools(cache)
         if name == "node":
             build(cache, "kube-proxy", "proxy", "k8s.io/kubernetes/cmd/kube-proxy", kubernetes_flags(), "0")
-        if name in ("containers", "node"):
+        if name in ("containers", "node", "policies"):
             debian(cache)
-        if name == "node":
+        if name == "policies":
+            build(cache, "kube-router", "policies", "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router", "-s -w", "0")
+            link_iptables(cache)
+        if name in ("node", "policies"):
             pause(cache)
 
 

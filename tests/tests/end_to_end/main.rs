@@ -14,6 +14,7 @@ mod example;
 mod figures;
 mod host;
 mod life;
+mod policies;
 mod told;
 mod traffic;
 mod world;

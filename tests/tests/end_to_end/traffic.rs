@@ -39,6 +39,11 @@ impl Desk {
         }
     }
 
+    /// What stands behind `nsenter` for a program that shall run there.
+    pub fn network(&self) -> &[String] {
+        &self.enter[1..]
+    }
+
     /// One question.
     pub fn ask(&self, url: &str, model: &str) -> Result<String, String> {
         ask(&self.enter, url, model)
