@@ -246,7 +246,6 @@ impl Replica<'_> {
         let Some(instance) = self.instance else {
             return format!("waiting for the agent on {}", self.placed.node);
         };
-        let detail = instance.message.clone().unwrap_or_default();
         let progress = instance.progress.as_ref().map(|progress| {
             let left = progress
                 .seconds_left
@@ -270,17 +269,16 @@ impl Replica<'_> {
             Phase::Ready => "ready",
             Phase::Idle => "asleep until the first request",
             Phase::Draining => "draining",
-            Phase::Backoff => "restarting",
+            Phase::Backoff => "trying again",
             Phase::Failed => "failed",
             Phase::Refused => "refused",
         };
         let mut text = format!("{}: {what}", self.placed.node);
-        for part in [progress.unwrap_or_default(), detail]
-            .iter()
-            .filter(|part| !part.is_empty())
-        {
-            text.push(' ');
-            text.push_str(part);
+        if let Some(progress) = progress {
+            text = format!("{text} {progress}");
+        }
+        if let Some(detail) = instance.message.as_ref().filter(|detail| !detail.is_empty()) {
+            text = format!("{text}: {detail}");
         }
         text
     }
