@@ -58,7 +58,7 @@ bench-model FILE *ARGS:
 
 # Half an hour of random arrivals, lengths, cancels and disconnects; every answer equal to its answer alone
 soak SECONDS="1800":
-    FREEHOLD_SOAK_SECONDS={{SECONDS}} cargo test -p freehold-engine --test soak -- --nocapture
+    FREEHOLD_SOAK_SECONDS={{SECONDS}} cargo test --workspace --test soak -- --nocapture
 
 # Greedy answers beside candle-transformers, token by token: all the tests' prompts, of SmolLM2 or of another llama's FILE
 oracle FILE="" TOKENS="64":
