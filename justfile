@@ -90,7 +90,7 @@ perplexity *ARGS:
     cargo build --release --bin freehold
     python3 tests/peers/perplexity.py {{ARGS}}
 
-# The chart's images on a real cluster of this machine's own, and what befalls them (root, Linux, ten minutes)
+# The chart's images on a real cluster of this machine's own, and what befalls them (root, Linux, twenty minutes)
 e2e:
     tests/e2e
 
