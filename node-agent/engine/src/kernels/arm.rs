@@ -8,14 +8,14 @@
 
 use std::arch::aarch64::{
     float32x4_t, int8x16_t, int32x4_t, uint8x16_t, uint16x4_t, vabsq_f32, vadd_f32, vaddq_f32, vaddq_s32,
-    vaddq_u8, vaddvq_s32, vandq_s32, vandq_u8, vbslq_f32, vcgtq_f32, vcltq_f32, vcombine_s8, vcombine_s16,
-    vcombine_u8, vcreate_u8, vcvtnq_s32_f32, vcvtq_f32_s32, vdivq_f32, vdup_n_u8, vdupq_n_f32, vdupq_n_s8,
-    vdupq_n_s32, vdupq_n_u8, veorq_u8, vfmaq_f32, vget_high_f32, vget_high_s8, vget_high_s16, vget_lane_f32,
-    vget_low_f32, vget_low_s8, vget_low_s16, vld1_s8, vld1_u16, vld1q_f32, vld1q_s32, vld1q_u8, vmaxnmq_f32,
-    vmaxnmvq_f32, vmovl_s8, vmovl_s16, vmovl_u16, vmull_s8, vmulq_f32, vorrq_s32, vpaddlq_s16, vpaddq_s32,
-    vqmovn_s16, vqmovn_s32, vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s8_s32,
-    vreinterpretq_s8_u8, vreinterpretq_s32_u32, vreinterpretq_u32_s32, vshlq_n_s32, vshlq_n_u32, vshlq_u8,
-    vshlq_u32, vshrq_n_u8, vst1q_f32, vst1q_s8, vsubq_f32, vtstq_u8,
+    vaddvq_s32, vandq_s32, vandq_u8, vbslq_f32, vcgtq_f32, vcltq_f32, vcombine_s8, vcombine_s16,
+    vcvtnq_s32_f32, vcvtq_f32_s32, vdivq_f32, vdupq_n_f32, vdupq_n_s8, vdupq_n_s32, vdupq_n_u8, veorq_u8,
+    vfmaq_f32, vget_high_f32, vget_high_s8, vget_high_s16, vget_lane_f32, vget_low_f32, vget_low_s8,
+    vget_low_s16, vld1_s8, vld1_u16, vld1q_f32, vld1q_s32, vld1q_u8, vmaxnmq_f32, vmaxnmvq_f32, vmovl_s8,
+    vmovl_s16, vmovl_u16, vmull_s8, vmulq_f32, vorrq_s32, vorrq_u8, vpaddlq_s16, vpaddq_s32, vqmovn_s16,
+    vqmovn_s32, vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s8_s32, vreinterpretq_s8_u8,
+    vreinterpretq_s32_u32, vreinterpretq_u32_s32, vshlq_n_s32, vshlq_n_u32, vshlq_u8, vshlq_u32, vshrq_n_u8,
+    vst1q_f32, vst1q_s8, vst1q_u8, vsubq_f32,
 };
 use std::arch::asm;
 
@@ -137,7 +137,6 @@ impl<const HAS: u8> Simd for Neon<HAS> {
     type F = [float32x4_t; 4];
     type I = [int32x4_t; 4];
     type B = [uint8x16_t; 4];
-    type P = [int32x4_t; 4];
     // Thirty-two registers: four rows take sixteen sums of integers, beside weights and activations.
     const ROWS: usize = 4;
     const SUMS: usize = 16;
@@ -284,7 +283,7 @@ impl<const HAS: u8> Simd for Neon<HAS> {
         }
     }
     #[inline(always)]
-    fn no_products(self) -> Self::P {
+    fn no_products(self) -> Self::I {
         self.splat_i32(0)
     }
     #[inline(always)]
@@ -292,11 +291,11 @@ impl<const HAS: u8> Simd for Neon<HAS> {
         8
     }
     #[inline(always)]
-    fn settle(self, sum: Self::I, products: Self::P) -> Self::I {
+    fn settle(self, sum: Self::I, products: Self::I) -> Self::I {
         self.add_i32(sum, products)
     }
     #[inline(always)]
-    fn dot(self, sum: Self::P, weights: Self::B, x: Self::I) -> Self::P {
+    fn dot(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
         quarters!(|i| {
             let x = vreinterpretq_s8_s32(x[i]);
             // Bytes of at most 63 are the same with a sign.
@@ -329,6 +328,13 @@ impl<const HAS: u8> Simd for Neon<HAS> {
         quarters!(|i| vld1q_u8(from.add(16 * i)))
     }
     #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8, x: Self::B) {
+        for (i, x) in x.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { vst1q_u8(to.add(16 * i), x) }
+        }
+    }
+    #[inline(always)]
     fn low_nibbles(self, a: Self::B) -> Self::B {
         quarters!(|i| vandq_u8(a[i], vdupq_n_u8(15)))
     }
@@ -344,14 +350,10 @@ impl<const HAS: u8> Simd for Neon<HAS> {
         })
     }
     #[inline(always)]
-    fn add_where(self, a: Self::B, mask: u64, value: u8) -> Self::B {
-        // Each byte gets the mask's byte that holds its bit, then that bit alone.
+    fn put_bits(self, a: Self::B, high: Self::B, from: usize, to: usize, mask: u8) -> Self::B {
         quarters!(|i| {
-            let bits = (mask >> (16 * i)) as u16;
-            let spread = vcombine_u8(vdup_n_u8(bits as u8), vdup_n_u8((bits >> 8) as u8));
-            let bit = vcreate_u8(0x8040_2010_0804_0201);
-            let found = vtstq_u8(spread, vcombine_u8(bit, bit));
-            vaddq_u8(a[i], vandq_u8(found, vdupq_n_u8(value)))
+            let moved = vshlq_u8(high[i], vdupq_n_s8(to as i8 - from as i8));
+            vorrq_u8(a[i], vandq_u8(moved, vdupq_n_u8(mask)))
         })
     }
 }

@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 use super::pool::SharedMut;
-use super::rows::{Group, QuantizedRows, groups};
+use super::rows::{GROUP, Group, QuantizedRows, groups};
 use super::simd::{LANES, Simd};
 use super::tile::multiply;
 use super::vector::{gelu, silu};
@@ -13,7 +13,7 @@ use super::{Compute, Operation};
 /// Groups of rows that a piece of work holds: a tile stays in the first-level cache for all of them.
 const GROUPS_PER_PIECE: usize = 8;
 /// Rows of a piece of work.
-const PIECE_ROWS: usize = GROUPS_PER_PIECE * 8;
+const PIECE_ROWS: usize = GROUPS_PER_PIECE * GROUP;
 
 /// What becomes of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl Compute {
                 let (piece, tile) = (pieces[unit / total], unit % total);
                 let index = tiles.partition_point(|(first, ..)| *first <= tile) - 1;
                 let (first, matrix, out) = tiles[index];
-                self.dispatch.run(Piece {
+                self.piece(Piece {
                     matrix,
                     tile: tile - first,
                     gate: None,
@@ -103,7 +103,7 @@ impl Compute {
             total * pieces.len(),
             grain(total * pieces.len(), self.pool.threads()),
             &|unit| {
-                self.dispatch.run(Piece {
+                self.piece(Piece {
                     matrix: up,
                     tile: unit % total,
                     gate: Some(gate),
@@ -114,6 +114,15 @@ impl Compute {
                 });
             },
         );
+    }
+
+    fn piece(&self, piece: Piece<'_>) {
+        // Full groups come first.
+        if piece.piece.first().is_some_and(|group| group.rows == GROUP) {
+            self.dispatch.run(Many(piece));
+        } else {
+            self.dispatch.run(Few(piece));
+        }
     }
 }
 
@@ -160,21 +169,50 @@ impl Products {
     /// The 16 places of a row.
     #[inline(always)]
     pub(super) fn row(&mut self, row: usize) -> *mut f32 {
-        self.0[row * LANES..(row + 1) * LANES].as_mut_ptr().cast()
+        self.rows(row, 1)
+    }
+
+    /// The places of some rows, 16 each.
+    #[inline(always)]
+    pub(super) fn rows(&mut self, first: usize, count: usize) -> *mut f32 {
+        self.0[first * LANES..(first + count) * LANES].as_mut_ptr().cast()
     }
 }
 
-impl Operation for Piece<'_> {
+/// A piece with full groups. Few rows are compiled by themselves: what many need of the stack would cost a single one a
+/// tenth of its time.
+struct Many<'a>(Piece<'a>);
+
+/// A piece with fewer rows than a group has.
+struct Few<'a>(Piece<'a>);
+
+impl Operation for Many<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        self.0.run::<S, true>(simd);
+    }
+}
+
+impl Operation for Few<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.0.run::<S, false>(simd);
+    }
+}
+
+impl Piece<'_> {
+    #[inline(always)]
+    fn run<S: Simd, const MANY: bool>(self, simd: S) {
         let mut products = Products::new();
-        multiply(simd, self.matrix, self.tile, self.rows, self.piece, &mut products);
+        multiply::<S, MANY>(simd, self.matrix, self.tile, self.rows, self.piece, &mut products);
         let rows: usize = self.piece.iter().map(|group| group.rows).sum();
         if let Some((gate, kind)) = self.gate {
             let mut gates = Products::new();
-            multiply(simd, gate, self.tile, self.rows, self.piece, &mut gates);
+            multiply::<S, MANY>(simd, gate, self.tile, self.rows, self.piece, &mut gates);
             for row in 0..rows {
                 // SAFETY: `multiply` has written the 16 numbers of each of these rows, in both.
                 unsafe {

@@ -11,7 +11,7 @@ pub(super) const BLOCK: usize = 32;
 /// Four values, which a product reads at once.
 const QUADS: usize = BLOCK / 4;
 /// Rows that lie interleaved at most.
-const GROUP: usize = 8;
+pub(super) const GROUP: usize = 8;
 /// Sums that are kept of a block: of its first half, its second half, and both.
 pub(super) const SUMS: usize = 3;
 

@@ -14,12 +14,10 @@ pub(crate) const LANES: usize = 16;
 pub(crate) trait Simd: Copy {
     /// Sixteen `f32`.
     type F: Copy;
-    /// Sixteen `i32`.
+    /// Sixteen `i32`; of products that are not settled, maybe 32 `i16`.
     type I: Copy;
     /// Sixty-four bytes, four for each lane.
     type B: Copy;
-    /// Sums of the products of a few bytes, which may be narrower than [`Simd::I`].
-    type P: Copy;
     /// Rows of activations that a product holds in registers at once.
     const ROWS: usize;
     /// Vectors of sums of floats that registers hold at once, beside what is added to them.
@@ -72,15 +70,21 @@ pub(crate) trait Simd: Copy {
     /// Writes the lanes as 16 bytes; they must be from -128 to 127.
     unsafe fn store_i8(self, to: *mut i8, x: Self::I);
     /// No products yet.
-    fn no_products(self) -> Self::P;
+    fn no_products(self) -> Self::I;
     /// How often products with weights of so many bits, at most 6, may be added before they are settled: a
     /// power of two, at most 8.
     fn products_at_once(bits: usize) -> usize;
     /// Adds to each lane the four products of its unsigned bytes (at most 63) with the signed bytes of `x`
     /// (from -127 on).
-    fn dot(self, sum: Self::P, weights: Self::B, x: Self::I) -> Self::P;
+    fn dot(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I;
+    /// The sums as they are, all of them in registers: what is added before is added before, and nothing is put off.
+    /// Compilers find orders of their own for sums of integers, and pay for them with registers that are not there.
+    #[inline(always)]
+    fn in_step<const M: usize>(self, sums: [Self::I; M]) -> [Self::I; M] {
+        sums
+    }
     /// Adds products to wide sums.
-    fn settle(self, sum: Self::I, products: Self::P) -> Self::I;
+    fn settle(self, sum: Self::I, products: Self::I) -> Self::I;
     /// As [`Simd::dot`], for bytes up to 255; see [`Simd::UNSIGNED`].
     fn dot_bytes(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I;
 
@@ -88,12 +92,15 @@ pub(crate) trait Simd: Copy {
     fn prefetch(self, from: *const u8);
     /// Reads 64 bytes.
     unsafe fn load_bytes(self, from: *const u8) -> Self::B;
+    /// Writes 64 bytes.
+    unsafe fn store_bytes(self, to: *mut u8, x: Self::B);
     fn low_nibbles(self, a: Self::B) -> Self::B;
     fn high_nibbles(self, a: Self::B) -> Self::B;
     /// Bits `2 * which` and the next of each byte; `which` is below 4.
     fn two_bits(self, a: Self::B, which: usize) -> Self::B;
-    /// Adds `value` to the bytes whose bit in `mask` is set.
-    fn add_where(self, a: Self::B, mask: u64, value: u8) -> Self::B;
+    /// Each byte with bits of `high` put in where `mask` has bits and it has none: those from `from` on go to where
+    /// `mask` begins, `to`. They lie in one byte, before and after.
+    fn put_bits(self, a: Self::B, high: Self::B, from: usize, to: usize, mask: u8) -> Self::B;
 }
 
 /// The exponential, within two units in the last place; below -87 it is 0 in effect (1e-38).
@@ -128,7 +135,6 @@ impl Simd for Portable {
     type F = [f32; LANES];
     type I = [i32; LANES];
     type B = [u8; 64];
-    type P = [i32; LANES];
     const ROWS: usize = 4;
     const SUMS: usize = 16;
     const UNSIGNED: bool = true;
@@ -269,7 +275,7 @@ impl Simd for Portable {
         unsafe { to.cast::<[i8; LANES]>().write_unaligned(bytes) }
     }
     #[inline(always)]
-    fn no_products(self) -> Self::P {
+    fn no_products(self) -> Self::I {
         [0; LANES]
     }
     #[inline(always)]
@@ -277,11 +283,11 @@ impl Simd for Portable {
         8
     }
     #[inline(always)]
-    fn settle(self, sum: Self::I, products: Self::P) -> Self::I {
+    fn settle(self, sum: Self::I, products: Self::I) -> Self::I {
         self.add_i32(sum, products)
     }
     #[inline(always)]
-    fn dot(self, sum: Self::P, weights: Self::B, x: Self::I) -> Self::P {
+    fn dot(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
         lanes!(|i| {
             let x = x[i].to_le_bytes();
             let mut total = sum[i];
@@ -303,6 +309,11 @@ impl Simd for Portable {
         unsafe { from.cast::<[u8; 64]>().read_unaligned() }
     }
     #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8, x: Self::B) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[u8; 64]>().write_unaligned(x) }
+    }
+    #[inline(always)]
     fn low_nibbles(self, a: Self::B) -> Self::B {
         lanes!(|i| a[i] & 15)
     }
@@ -315,7 +326,7 @@ impl Simd for Portable {
         lanes!(|i| a[i] >> (2 * which) & 3)
     }
     #[inline(always)]
-    fn add_where(self, a: Self::B, mask: u64, value: u8) -> Self::B {
-        lanes!(|i| a[i] + ((mask >> i & 1) as u8) * value)
+    fn put_bits(self, a: Self::B, high: Self::B, from: usize, to: usize, mask: u8) -> Self::B {
+        lanes!(|i| a[i] | (u32::from(high[i]) << to >> from) as u8 & mask)
     }
 }

@@ -200,18 +200,22 @@ fn products_equal_plain_arithmetic_in_every_format_and_shape() {
     }
 }
 
-/// Thirty-two columns only: what files of small models have, and no multiple of 256.
+/// What files of small models have, and no multiples of 256: 32 columns, and 18 blocks, which fill two panels and begin
+/// a third.
 #[test]
 fn narrow_matrices_work_in_the_formats_that_allow_them() {
     let mut rng = StdRng::seed_from_u64(3);
     for dtype in &QUANTIZED[..5] {
-        let (bytes, values) = weights(&mut rng, *dtype, 48, 32);
-        for compute in contexts() {
-            let matrix = pack(&compute, *dtype, &bytes, [48, 32]);
-            let x = numbers(&mut rng, 5 * 32);
-            let mut out = vec![0.0; 5 * 48];
-            product(&compute, &matrix, &x, &mut out, Combine::Store);
-            close(&out, &reference(&rounded(&x), &values, 32), 1e-4, "32 columns");
+        for (columns, count) in [(32, 5), (32, 21), (576, 21)] {
+            let (bytes, values) = weights(&mut rng, *dtype, 48, columns);
+            for compute in contexts() {
+                let matrix = pack(&compute, *dtype, &bytes, [48, columns]);
+                let x = numbers(&mut rng, count * columns);
+                let mut out = vec![0.0; count * 48];
+                product(&compute, &matrix, &x, &mut out, Combine::Store);
+                let what = format!("{dtype:?} {columns} columns x {count}");
+                close(&out, &reference(&rounded(&x), &values, columns), 1e-4, &what);
+            }
         }
     }
 }
@@ -232,15 +236,14 @@ fn extreme_numbers_do_not_overflow() {
             let mut values = vec![0.0; columns];
             matrix.row(0, &mut values);
             for sign in [1.0, -1.0] {
-                let x: Vec<f32> = extreme.iter().map(|x| sign * x).collect();
-                let mut out = [0.0];
-                product(&compute, &matrix, &x, &mut out, Combine::Store);
-                close(
-                    &out,
-                    &reference(&x, &values, columns),
-                    1e-5,
-                    &format!("{dtype:?}"),
-                );
+                for count in [1, 16] {
+                    let x: Vec<f32> = extreme.iter().map(|x| sign * x).collect();
+                    let x = x.repeat(count);
+                    let mut out = vec![0.0; count];
+                    product(&compute, &matrix, &x, &mut out, Combine::Store);
+                    let what = format!("{dtype:?} x {count}");
+                    close(&out, &reference(&x, &values, columns), 1e-5, &what);
+                }
             }
         }
     }
@@ -254,8 +257,8 @@ fn a_row_in_a_batch_equals_the_row_alone_to_the_bit() {
         let (bytes, _) = weights(&mut rng, dtype, rows, columns);
         for compute in contexts() {
             let matrix = pack(&compute, dtype, &bytes, [rows, columns]);
-            let x = numbers(&mut rng, 15 * columns);
-            let mut together = vec![0.0; 15 * rows];
+            let x = numbers(&mut rng, 23 * columns);
+            let mut together = vec![0.0; 23 * rows];
             product(&compute, &matrix, &x, &mut together, Combine::Store);
             for (x, together) in x.chunks_exact(columns).zip(together.chunks_exact(rows)) {
                 let mut alone = vec![0.0; rows];

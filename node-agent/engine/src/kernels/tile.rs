@@ -3,14 +3,15 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use super::panel;
 use super::product::{Products, Rows};
-use super::rows::{BLOCK, Group, GroupView, SUMS};
+use super::rows::{BLOCK, GROUP, Group, GroupView, SUMS};
 use super::simd::{LANES, Simd};
 use super::weights::{Format, Layout, Matrix, SIX_BIT_WORDS, six_bits_at, with_layout};
 
-/// Writes the products of all rows of a piece.
+/// Writes the products of all rows of a piece, which has full groups only if there are `MANY`.
 #[inline(always)]
-pub(super) fn multiply<S: Simd>(
+pub(super) fn multiply<S: Simd, const MANY: bool>(
     simd: S,
     matrix: &Matrix,
     tile: usize,
@@ -20,12 +21,25 @@ pub(super) fn multiply<S: Simd>(
 ) {
     let data = matrix.tile(tile);
     let mut done = 0;
-    for &group in piece {
+    let mut left = piece;
+    if MANY {
+        // Full groups come first.
+        let full = piece.iter().take_while(|group| group.rows == GROUP).count();
+        with_layout!(matrix.format(), L => {
+            if full * GROUP >= panel::least_rows::<S, L>() {
+                let out = products.rows(0, full * GROUP);
+                // SAFETY: `out` has room for these rows.
+                unsafe {
+                    panel::times_groups::<S, L>(simd, data, matrix.ahead(), rows.quantized, &piece[..full], out);
+                }
+                (done, left) = (full * GROUP, &piece[full..]);
+            }
+        }, _ => {});
+    }
+    for &group in left {
         // The first rows bring the tile near; the others find it there.
         let ahead = if done == 0 { matrix.ahead() } else { 0 };
-        // The last row's place is looked up first: there is room for the whole group.
-        let _ = products.row(done + group.rows - 1);
-        let out = products.row(done);
+        let out = products.rows(done, group.rows);
         with_layout!(matrix.format(), L => {
             let view = rows.quantized.view(group);
             let blocks = view.scales.len() / group.rows;
@@ -33,7 +47,7 @@ pub(super) fn multiply<S: Simd>(
             assert!(data.len() >= blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES);
             // SAFETY: the tile has as many blocks as the rows, by the assertion; `view` cut its slices to
             // the group; `out` has room for the group's rows.
-            unsafe { quantized_group::<S, L>(simd, data, ahead, view, out) }
+            unsafe { quantized_group::<S, L, MANY>(simd, data, ahead, view, out) }
         }, _ => {
             let columns = matrix.columns();
             let x = &rows.floats[group.first_row * columns..(group.first_row + group.rows) * columns];
@@ -55,7 +69,7 @@ pub(super) fn multiply<S: Simd>(
 /// # Safety
 /// The tile has the group's blocks; `out` has room for 16 numbers a row.
 #[inline(always)]
-unsafe fn quantized_group<S: Simd, L: Layout>(
+unsafe fn quantized_group<S: Simd, L: Layout, const MANY: bool>(
     simd: S,
     tile: &[u8],
     ahead: usize,
@@ -68,6 +82,7 @@ unsafe fn quantized_group<S: Simd, L: Layout>(
             (1, _) => rows_of_group::<S, L, 1, 1>(simd, tile, ahead, view, out),
             (2, _) => rows_of_group::<S, L, 2, 2>(simd, tile, ahead, view, out),
             (4, _) => rows_of_group::<S, L, 4, 4>(simd, tile, ahead, view, out),
+            _ if !MANY => unreachable!("a full group among few rows"),
             (_, 4) => rows_of_group::<S, L, 4, 8>(simd, tile, ahead, view, out),
             _ => rows_of_group::<S, L, 8, 8>(simd, tile, ahead, view, out),
         }
@@ -90,16 +105,9 @@ unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
     for first in (0..G).step_by(M) {
         // SAFETY: the caller's promise; rows `first` to `first + M` are in the group.
         unsafe {
-            let sums = blocks_times_rows::<S, L, M, G>(
-                simd,
-                tile.as_ptr(),
-                if first == 0 { ahead } else { 0 },
-                blocks,
-                view.values.as_ptr().cast::<i32>().add(first),
-                view.scales.as_ptr().add(first),
-                view.sums.as_ptr().add(first),
-                view.excess.as_ptr().add(first),
-            );
+            let x = Place::of(view, first);
+            let ahead = if first == 0 { ahead } else { 0 };
+            let sums = blocks_times_rows::<S, L, M, G>(simd, tile.as_ptr(), ahead, blocks, x);
             for (row, sum) in sums.into_iter().enumerate() {
                 simd.store(out.add((first + row) * LANES), sum);
             }
@@ -107,25 +115,52 @@ unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
     }
 }
 
-/// The innermost loop: one tile, `M` rows of a group of `G`.
-///
-/// For each block, integer products of 16 rows of weights with `M` rows of activations are summed up
-/// exactly, then scaled. What the numbers were moved up by (`OFFSET`) and the minimums are added by way of
-/// the activations' sums.
+/// Where a block of a row, and of the rows after it in a group, begins.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    values: *const i32,
+    scales: *const f32,
+    sums: *const f32,
+    excess: *const i32,
+}
+
+impl Place {
+    /// The first block of a row of the group.
+    #[inline(always)]
+    pub(super) fn of(view: GroupView<'_>, row: usize) -> Self {
+        assert!(row < view.group.rows);
+        Self {
+            values: view.values.as_ptr().cast::<i32>().wrapping_add(row),
+            scales: view.scales.as_ptr().wrapping_add(row),
+            sums: view.sums.as_ptr().wrapping_add(row),
+            excess: view.excess.as_ptr().wrapping_add(row),
+        }
+    }
+
+    /// So many blocks further, in a group of `G` rows; behind the last block it points nowhere.
+    #[inline(always)]
+    pub(super) fn further<const G: usize>(self, blocks: usize) -> Self {
+        Self {
+            values: self.values.wrapping_add(blocks * BLOCK / 4 * G),
+            scales: self.scales.wrapping_add(blocks * G),
+            sums: self.sums.wrapping_add(blocks * SUMS * G),
+            excess: self.excess.wrapping_add(blocks * G),
+        }
+    }
+}
+
+/// The innermost loop where no panel is worth its while: one tile, `M` rows of a group of `G`.
 ///
 /// # Safety
-/// `tile` holds `blocks` blocks of the layout; `values`, `scales`, `sums` and `excess` point at the first of `M` rows
-/// in a group of `G` with as many blocks. What lies `ahead` bytes further is asked for, if that is not 0, and need not be there.
+/// `tile` holds `blocks` blocks of the layout; `x` is the first of `M` rows in a group of `G` with as many blocks. What
+/// lies `ahead` bytes further is asked for, if that is not 0, and need not be there.
 #[inline(always)]
 unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
     simd: S,
     tile: *const u8,
     ahead: usize,
     blocks: usize,
-    mut values: *const i32,
-    mut scales: *const f32,
-    mut sums: *const f32,
-    mut excess: *const i32,
+    mut x: Place,
 ) -> [S::F; M] {
     let mut total = [simd.splat(0.0); M];
     let mut numbers = tile;
@@ -133,7 +168,7 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
     let mut factors = unsafe { tile.add(blocks * L::NUMBER_BYTES) };
     for _ in 0..blocks / L::SHARED {
         unsafe {
-            let scales_of_block = Scales::<S, L>::begin(simd, factors);
+            let scales = Scales::<S, L>::begin(simd, factors);
             factors = factors.add(L::SCALE_BYTES);
             for block in 0..L::SHARED {
                 if ahead > 0 {
@@ -143,43 +178,85 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
                         simd.prefetch(numbers.wrapping_add(ahead + line * 64));
                     }
                 }
-                let quads_of_half = 8 / L::HALVES;
-                for half in 0..L::HALVES {
-                    let quads = half * quads_of_half..(half + 1) * quads_of_half;
-                    let products = if L::BITS == 8 {
-                        products_of_bytes::<S, M, G>(simd, numbers, values, excess)
-                    } else {
-                        products_of_quads::<S, L, M, G>(simd, numbers, quads, values)
-                    };
-                    let (scale, shift) = scales_of_block.of_half(simd, block, half);
-                    let which = if L::HALVES == 1 { 2 } else { half };
-                    for row in 0..M {
-                        let scale = simd.mul(scale, simd.splat(*scales.add(row)));
-                        total[row] = simd.fma(simd.to_float(products[row]), scale, total[row]);
-                        if L::BITS != 8 {
-                            let sum = simd.splat(*sums.add(which * G + row));
-                            total[row] = simd.fma(shift, sum, total[row]);
-                        }
-                    }
-                }
+                add_block::<S, L, M, G, _>(simd, &mut total, numbers, x, Packed(&scales, block));
                 numbers = numbers.add(L::NUMBER_BYTES);
-                values = values.add(BLOCK / 4 * G);
-                scales = scales.add(G);
-                sums = sums.add(SUMS * G);
-                excess = excess.add(G);
+                x = x.further::<G>(1);
             }
         }
     }
     total
 }
 
+/// A block as it lies somewhere.
+pub(super) trait Form<S: Simd> {
+    /// Whether its numbers are bytes already.
+    const UNPACKED: bool;
+    /// What products of the block, or of one of its halves, are multiplied with, and what the activations' sums are.
+    ///
+    /// # Safety
+    /// The layout has so many halves.
+    unsafe fn scales(&self, simd: S, half: usize) -> [S::F; 2];
+}
+
+/// A block of a tile: one of those that share scales.
+struct Packed<'a, S: Simd, L: Layout>(&'a Scales<S, L>, usize);
+
+impl<S: Simd, L: Layout> Form<S> for Packed<'_, S, L> {
+    const UNPACKED: bool = false;
+    #[inline(always)]
+    unsafe fn scales(&self, simd: S, half: usize) -> [S::F; 2] {
+        // SAFETY: the caller's promise; the block was one of these.
+        unsafe { self.0.of_half(simd, self.1, half) }
+    }
+}
+
+/// Adds the products of a block with `M` rows to their totals.
+///
+/// Integer products of 16 rows of weights with `M` rows of activations are summed up exactly, then scaled. What the
+/// numbers were moved up by (`OFFSET`) and the minimums are added by way of the activations' sums.
+///
+/// # Safety
+/// `numbers` points at a block of the layout in this form; `x` is at the same block of the first of `M` rows in a group
+/// of `G`.
+#[inline(always)]
+pub(super) unsafe fn add_block<S: Simd, L: Layout, const M: usize, const G: usize, B: Form<S>>(
+    simd: S,
+    total: &mut [S::F; M],
+    numbers: *const u8,
+    x: Place,
+    block: B,
+) {
+    let quads_of_half = 8 / L::HALVES;
+    // SAFETY (all below): the caller's promise.
+    for half in 0..L::HALVES {
+        let quads = half * quads_of_half..(half + 1) * quads_of_half;
+        unsafe {
+            let products = if L::BITS == 8 {
+                products_of_bytes::<S, M, G>(simd, numbers, x.values, x.excess)
+            } else {
+                products_of_quads::<S, L, M, G, B>(simd, numbers, quads, x.values)
+            };
+            let [scale, shift] = block.scales(simd, half);
+            let which = if L::HALVES == 1 { 2 } else { half };
+            for row in 0..M {
+                let scale = simd.mul(scale, simd.splat(*x.scales.add(row)));
+                total[row] = simd.fma(simd.to_float(products[row]), scale, total[row]);
+                if L::BITS != 8 {
+                    let sum = simd.splat(*x.sums.add(which * G + row));
+                    total[row] = simd.fma(shift, sum, total[row]);
+                }
+            }
+        }
+    }
+}
+
 /// Products of some quads of a block, summed up exactly.
 ///
 /// # Safety
-/// `numbers` points at a block of the layout, whose bits are not 8; `values` at the same block of the first of `M` rows
-/// in a group of `G`; `quads` are below 8, as many as a scale is for.
+/// `numbers` points at a block of the layout, whose bits are not 8, in this form; `values` at
+/// the same block of the first of `M` rows in a group of `G`; `quads` are below 8, as many as a scale is for.
 #[inline(always)]
-unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize>(
+unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize, B: Form<S>>(
     simd: S,
     numbers: *const u8,
     quads: Range<usize>,
@@ -195,7 +272,11 @@ unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize>(
         for quad in first..first + at_once {
             // SAFETY: the caller's promise.
             unsafe {
-                let weights = quad_of_numbers::<S, L>(simd, numbers, quad);
+                let weights = if B::UNPACKED {
+                    simd.load_bytes(numbers.add(quad * 64))
+                } else {
+                    quad_of_numbers::<S, L>(simd, numbers, quad)
+                };
                 for row in 0..M {
                     let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
                     let products = if M == 1 && quad % 2 == 1 {
@@ -204,6 +285,9 @@ unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize>(
                         &mut even[row]
                     };
                     *products = simd.dot(*products, weights, x);
+                }
+                if M == 4 {
+                    even = simd.in_step(even);
                 }
             }
         }
@@ -250,6 +334,9 @@ unsafe fn products_of_bytes<S: Simd, const M: usize, const G: usize>(
                 };
                 *sum = simd.dot_bytes(*sum, weights, x);
             }
+            if M == 4 {
+                even = simd.in_step(even);
+            }
         }
     }
     if M == 1 {
@@ -259,7 +346,7 @@ unsafe fn products_of_bytes<S: Simd, const M: usize, const G: usize>(
 }
 
 /// The scales of `L::SHARED` blocks of a tile.
-struct Scales<S: Simd, L: Layout> {
+pub(super) struct Scales<S: Simd, L: Layout> {
     /// Scale and minimum that the blocks share.
     scale: S::F,
     minimum: S::F,
@@ -274,7 +361,7 @@ impl<S: Simd, L: Layout> Scales<S, L> {
     /// # Safety
     /// The scales of `L::SHARED` blocks of the layout are at `from`.
     #[inline(always)]
-    unsafe fn begin(simd: S, from: *const u8) -> Self {
+    pub(super) unsafe fn begin(simd: S, from: *const u8) -> Self {
         // SAFETY: the caller's promise.
         unsafe {
             let scale = simd.load_f16(from.cast());
@@ -286,20 +373,14 @@ impl<S: Simd, L: Layout> Scales<S, L> {
             let factors = from.wrapping_add(L::HEAD_BYTES);
             let mut made = [[scale; 2]; 8];
             if L::SIX_BITS {
-                let words: [S::I; SIX_BIT_WORDS] =
-                    std::array::from_fn(|word| simd.load_i32(factors.add(4 * LANES * word).cast()));
-                let factor = |index| {
-                    let (word, shift) = six_bits_at(index);
-                    let mut bits = simd.shift_right(words[word], shift);
-                    if shift > 26 {
-                        bits = simd.or_i32(bits, simd.shift_left(words[word + 1], 32 - shift));
-                    }
-                    simd.to_float(simd.and_i32(bits, simd.splat_i32(63)))
-                };
+                let mut words = [simd.splat_i32(0); SIX_BIT_WORDS];
+                for (word, place) in words.iter_mut().enumerate() {
+                    *place = simd.load_i32(factors.add(4 * LANES * word).cast());
+                }
                 for (block, made) in made.iter_mut().enumerate() {
                     *made = [
-                        simd.mul(scale, factor(2 * block)),
-                        simd.mul(minimum, factor(2 * block + 1)),
+                        simd.mul(scale, six_bits(simd, &words, 2 * block)),
+                        simd.mul(minimum, six_bits(simd, &words, 2 * block + 1)),
                     ];
                 }
             }
@@ -318,10 +399,9 @@ impl<S: Simd, L: Layout> Scales<S, L> {
     /// # Safety
     /// `block` is below `L::SHARED`, `half` below `L::HALVES`.
     #[inline(always)]
-    unsafe fn of_half(&self, simd: S, block: usize, half: usize) -> (S::F, S::F) {
+    pub(super) unsafe fn of_half(&self, simd: S, block: usize, half: usize) -> [S::F; 2] {
         if L::SIX_BITS {
-            let [scale, minimum] = self.made[block];
-            return (scale, minimum);
+            return self.made[block];
         }
         // SAFETY: the caller's promise.
         unsafe {
@@ -336,12 +416,24 @@ impl<S: Simd, L: Layout> Scales<S, L> {
                 }
             }
             if L::MINIMUM {
-                (scale, minimum)
+                [scale, minimum]
             } else {
-                (scale, simd.mul(scale, simd.splat(-f32::from(L::OFFSET))))
+                [scale, simd.mul(scale, simd.splat(-f32::from(L::OFFSET)))]
             }
         }
     }
+}
+
+/// A factor of six bits, of each of 16 rows. Not a closure: the processor's own instructions would not be put
+/// into one, but called.
+#[inline(always)]
+fn six_bits<S: Simd>(simd: S, words: &[S::I; SIX_BIT_WORDS], index: usize) -> S::F {
+    let (word, shift) = six_bits_at(index);
+    let mut bits = simd.shift_right(words[word], shift);
+    if shift > 26 {
+        bits = simd.or_i32(bits, simd.shift_left(words[word + 1], 32 - shift));
+    }
+    simd.to_float(simd.and_i32(bits, simd.splat_i32(63)))
 }
 
 /// Four columns of 16 rows, one byte each.
@@ -349,22 +441,22 @@ impl<S: Simd, L: Layout> Scales<S, L> {
 /// # Safety
 /// `numbers` points at a block of the layout; `quad` is below 8.
 #[inline(always)]
-unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *const u8, quad: usize) -> S::B {
-    // SAFETY: the caller's promise: 64 bytes for as many quads as lie together, then 8 bytes a quad and plane.
+pub(super) unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *const u8, quad: usize) -> S::B {
+    // SAFETY: the caller's promise: 64 bytes for as many quads as lie together, then the same for the bits above.
     unsafe {
         let together = 8 / L::BASE;
         let packed = simd.load_bytes(numbers.add(quad / together * 64));
         let mut bytes = match (L::BASE, quad % together) {
             (2, which) => simd.two_bits(packed, which),
+            (8, _) => packed,
             (_, 0) => simd.low_nibbles(packed),
             _ => simd.high_nibbles(packed),
         };
-        for plane in 0..L::PLANES {
-            let mask = numbers
-                .add(L::BASE_BYTES + plane * 64 + quad * 8)
-                .cast::<u64>()
-                .read_unaligned();
-            bytes = simd.add_where(bytes, mask, 1 << (L::BASE + plane));
+        if L::ABOVE > 0 {
+            let (vector, which) = (quad / L::ABOVE_TOGETHER, quad % L::ABOVE_TOGETHER);
+            let above = simd.load_bytes(numbers.add(L::BASE_BYTES + vector * 64));
+            let mask = (0xff_u8 >> (8 - L::ABOVE)) << L::BASE;
+            bytes = simd.put_bits(bytes, above, which * L::ABOVE, L::BASE, mask);
         }
         bytes
     }

@@ -4,7 +4,7 @@
 //! the scales of all blocks, so both are read straight through. In a block of nibbles, byte `4 * row + j`
 //! of group `g` holds columns `8 g + j` (low) and `8 g + 4 + j` (high): a vector of 64 bytes meets four
 //! columns of the activations. Numbers of 2 and 3 bits lie four in a byte in the same manner. Bits above
-//! the second or fourth follow as planes, one bit a number. So a tile is about as large as the file's rows.
+//! the second or fourth follow, of four or eight quads in a byte. So a tile is about as large as the file's rows.
 
 use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
@@ -72,9 +72,11 @@ pub(super) trait Layout {
     const MINIMUM: bool;
     /// Taken off every number.
     const OFFSET: u8;
-    /// Planes of bits above those.
-    const PLANES: usize = Self::BITS - Self::BASE;
-    /// Bytes of a block's numbers before its planes.
+    /// Bits above those: none, 1 or 2.
+    const ABOVE: usize = Self::BITS - Self::BASE;
+    /// Quads whose bits above lie together.
+    const ABOVE_TOGETHER: usize = if Self::ABOVE == 2 { 4 } else { 8 };
+    /// Bytes of a block's numbers before the bits above.
     const BASE_BYTES: usize = BLOCK * LANES * Self::BASE / 8;
     /// Bytes of a block's numbers.
     const NUMBER_BYTES: usize = BLOCK * LANES * Self::BITS / 8;
@@ -390,19 +392,18 @@ fn write_block<L: Layout>(tile: &mut [u8], blocks: usize, block: usize, lane: us
     // Four numbers at a time: loading a model is this function, some million times.
     let quads: [u32; BLOCK / 4] =
         std::array::from_fn(|quad| u32::from_le_bytes(std::array::from_fn(|j| from.numbers[4 * quad + j])));
-    let (base, planes) = numbers.split_at_mut(L::BASE_BYTES);
-    let bits = (0xff_u32 >> (8 - L::BASE)) * 0x0101_0101;
-    for (place, together) in base.chunks_exact_mut(64).zip(quads.chunks_exact(8 / L::BASE)) {
-        let together = together.iter().enumerate();
-        let word = together.fold(0, |word, (i, quad)| word | (quad & bits) << (i * L::BASE));
-        place[lane * 4..][..4].copy_from_slice(&word.to_le_bytes());
-    }
-    for (plane, bits) in planes.chunks_exact_mut(64).enumerate() {
-        for (place, quad) in bits.chunks_exact_mut(8).zip(quads) {
-            // One bit of each byte, moved together by a product: bit 8 j goes to bit 24 + j.
-            let four = (quad >> (L::BASE + plane) & 0x0101_0101).wrapping_mul(0x0102_0408) >> 24 & 15;
-            place[lane / 2] |= (four as u8) << (lane % 2 * 4);
+    let (base, above) = numbers.split_at_mut(L::BASE_BYTES);
+    let put = |to: &mut [u8], together: usize, width: usize, first: usize| {
+        let bits = (0xff_u32 >> (8 - width)) * 0x0101_0101;
+        for (place, quads) in to.chunks_exact_mut(64).zip(quads.chunks_exact(together)) {
+            let quads = quads.iter().enumerate();
+            let word = quads.fold(0, |word, (i, quad)| word | (quad >> first & bits) << (i * width));
+            place[lane * 4..][..4].copy_from_slice(&word.to_le_bytes());
         }
+    };
+    put(base, 8 / L::BASE, L::BASE, 0);
+    if L::ABOVE > 0 {
+        put(above, L::ABOVE_TOGETHER, L::ABOVE, L::BASE);
     }
     let scales = &mut scales[block / L::SHARED * L::SCALE_BYTES..][..L::SCALE_BYTES];
     let mut half_precision = |index: usize, x: f16| {
@@ -465,10 +466,10 @@ fn read_row<L: Layout>(tile: &[u8], lane: usize, out: &mut [f32]) {
             let together = 8 / L::BASE;
             let byte = numbers[quad / together * 64 + lane * 4 + j];
             let mut number = byte >> (quad % together * L::BASE) & (0xff >> (8 - L::BASE));
-            for plane in 0..L::PLANES {
-                let place = quad * 64 + lane * 4 + j;
-                let bits = numbers[L::BASE_BYTES + plane * 64 + place / 8];
-                number |= (bits >> (place % 8) & 1) << (L::BASE + plane);
+            if L::ABOVE > 0 {
+                let (vector, which) = (quad / L::ABOVE_TOGETHER, quad % L::ABOVE_TOGETHER);
+                let above = numbers[L::BASE_BYTES + vector * 64 + lane * 4 + j];
+                number |= (above >> (which * L::ABOVE) & (0xff >> (8 - L::ABOVE))) << L::BASE;
             }
             let half = column * L::HALVES / BLOCK;
             *out = shared(0) * factor(half) * (f32::from(number) - f32::from(L::OFFSET));

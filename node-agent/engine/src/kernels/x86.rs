@@ -5,27 +5,27 @@
 // Every `unsafe` block without a comment of its own is an intrinsic that the type's value stands for.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
+use std::arch::asm;
 use std::arch::x86_64::{
     __m256, __m256i, __m512, __m512i, _MM_HINT_T1, _mm_add_epi32, _mm_add_ps, _mm_add_ss, _mm_cvtsi32_si128,
     _mm_cvtsi128_si32, _mm_cvtss_f32, _mm_loadl_epi64, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
     _mm_movehl_ps, _mm_packs_epi16, _mm_prefetch, _mm_shuffle_epi32, _mm_shuffle_ps, _mm_storeu_si128,
-    _mm256_abs_epi8, _mm256_add_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
-    _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmpeq_epi8,
-    _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32,
-    _mm256_div_ps, _mm256_dpbusd_avx_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
+    _mm256_abs_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_andnot_ps,
+    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepi8_epi32,
+    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
+    _mm256_dpbusd_avx_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
     _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps,
     _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_packs_epi32, _mm256_permute4x64_epi64,
-    _mm256_set_epi64x, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x,
-    _mm256_set1_ps, _mm256_shuffle_epi8, _mm256_sign_epi8, _mm256_sll_epi32, _mm256_slli_epi32,
-    _mm256_srl_epi16, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_ps, _mm256_xor_si256,
-    _mm512_abs_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512,
-    _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
-    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_cvtsepi32_epi8, _mm512_div_ps,
-    _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_mask_add_epi8, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512,
-    _mm512_reduce_add_epi32, _mm512_reduce_max_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_sll_epi32, _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32, _mm512_srli_epi16,
-    _mm512_storeu_ps, _mm512_sub_ps,
+    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_sign_epi8,
+    _mm256_sll_epi16, _mm256_sll_epi32, _mm256_slli_epi32, _mm256_srl_epi16, _mm256_srl_epi32,
+    _mm256_srli_epi16, _mm256_storeu_ps, _mm256_storeu_si256, _mm256_sub_ps, _mm256_xor_si256, _mm512_abs_ps,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castps512_ps256,
+    _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
+    _mm512_cvtps_epi32, _mm512_cvtsepi32_epi8, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
+    _mm512_or_si512, _mm512_reduce_add_epi32, _mm512_reduce_max_ps, _mm512_set1_epi8, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_sll_epi16, _mm512_sll_epi32, _mm512_slli_epi32, _mm512_srl_epi16,
+    _mm512_srl_epi32, _mm512_srli_epi16, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_ps,
 };
 
 use super::simd::Simd;
@@ -58,7 +58,6 @@ impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     type B = __m512i;
-    type P = __m512i;
     const ROWS: usize = 8;
     const SUMS: usize = 32;
     const UNSIGNED: bool = true;
@@ -214,6 +213,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8, x: __m512i) {
+        unsafe { _mm512_storeu_si512(to.cast(), x) }
+    }
+    #[inline(always)]
     fn low_nibbles(self, a: __m512i) -> __m512i {
         unsafe { _mm512_and_si512(a, _mm512_set1_epi8(15)) }
     }
@@ -229,8 +232,16 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    fn add_where(self, a: __m512i, mask: u64, value: u8) -> __m512i {
-        unsafe { _mm512_mask_add_epi8(a, mask, a, _mm512_set1_epi8(value.cast_signed())) }
+    fn put_bits(self, a: __m512i, high: __m512i, from: usize, to: usize, mask: u8) -> __m512i {
+        // Bits of a neighbour come in where the mask has none.
+        unsafe {
+            let moved = if from > to {
+                _mm512_srl_epi16(high, _mm_cvtsi32_si128((from - to) as i32))
+            } else {
+                _mm512_sll_epi16(high, _mm_cvtsi32_si128((to - from) as i32))
+            };
+            _mm512_or_si512(a, _mm512_and_si512(moved, _mm512_set1_epi8(mask.cast_signed())))
+        }
     }
 }
 
@@ -242,6 +253,31 @@ unsafe fn reduce_add_256(a: __m256) -> f32 {
         let sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
         let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
         _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps::<1>(sum, sum)))
+    }
+}
+
+/// Does nothing, to numbers that are in registers for it.
+///
+/// # Safety
+/// The processor has AVX.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn in_registers(x: &mut [[__m256i; 2]; 4]) {
+    let [[a, b], [c, d], [e, f], [g, h]] = x;
+    // SAFETY: no instruction stands there; the caller's promise is for the registers.
+    unsafe {
+        asm!(
+            "/* {0} {1} {2} {3} {4} {5} {6} {7} */",
+            inout(ymm_reg) * a,
+            inout(ymm_reg) * b,
+            inout(ymm_reg) * c,
+            inout(ymm_reg) * d,
+            inout(ymm_reg) * e,
+            inout(ymm_reg) * f,
+            inout(ymm_reg) * g,
+            inout(ymm_reg) * h,
+            options(pure, nomem, nostack, preserves_flags)
+        );
     }
 }
 
@@ -266,8 +302,6 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = [__m256; 2];
     type I = [__m256i; 2];
     type B = [__m256i; 2];
-    // Of 32 bits with VNNI; without it of 16.
-    type P = [__m256i; 2];
     // Sixteen registers: four rows take eight sums of products, beside weights and activations. Sums of floats
     // wait in memory for the end of a block.
     const ROWS: usize = 4;
@@ -413,7 +447,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn no_products(self) -> Self::P {
+    fn no_products(self) -> Self::I {
         self.splat_i32(0)
     }
     #[inline(always)]
@@ -426,7 +460,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn dot(self, sum: Self::P, weights: Self::B, x: Self::I) -> Self::P {
+    fn dot(self, sum: Self::I, weights: Self::B, x: Self::I) -> Self::I {
         halves!(|i| if VNNI {
             _mm256_dpbusd_avx_epi32(sum[i], weights[i], x[i])
         } else {
@@ -434,7 +468,15 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         })
     }
     #[inline(always)]
-    fn settle(self, sum: Self::I, products: Self::P) -> Self::I {
+    fn in_step<const M: usize>(self, mut sums: [Self::I; M]) -> [Self::I; M] {
+        if let Some(four) = sums.first_chunk_mut::<4>() {
+            // SAFETY: the type's value stands for AVX2.
+            unsafe { in_registers(four) }
+        }
+        sums
+    }
+    #[inline(always)]
+    fn settle(self, sum: Self::I, products: Self::I) -> Self::I {
         if VNNI {
             return self.add_i32(sum, products);
         }
@@ -462,6 +504,13 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         halves!(|i| _mm256_loadu_si256(from.add(32 * i).cast()))
     }
     #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8, x: Self::B) {
+        unsafe {
+            _mm256_storeu_si256(to.cast(), x[0]);
+            _mm256_storeu_si256(to.add(32).cast(), x[1]);
+        }
+    }
+    #[inline(always)]
     fn low_nibbles(self, a: Self::B) -> Self::B {
         halves!(|i| _mm256_and_si256(a[i], _mm256_set1_epi8(15)))
     }
@@ -477,20 +526,16 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         })
     }
     #[inline(always)]
-    fn add_where(self, a: Self::B, mask: u64, value: u8) -> Self::B {
-        // Each byte gets the mask's byte that holds its bit, then only that bit.
+    fn put_bits(self, a: Self::B, high: Self::B, from: usize, to: usize, mask: u8) -> Self::B {
+        // Bits of a neighbour come in where the mask has none.
         halves!(|i| {
-            let bits = _mm256_set1_epi32((mask >> (32 * i)) as i32);
-            let spread = _mm256_set_epi64x(
-                0x0303_0303_0303_0303,
-                0x0202_0202_0202_0202,
-                0x0101_0101_0101_0101,
-                0,
-            );
-            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
-            let found = _mm256_and_si256(_mm256_shuffle_epi8(bits, spread), bit);
-            let value = _mm256_set1_epi8(value.cast_signed());
-            _mm256_add_epi8(a[i], _mm256_and_si256(_mm256_cmpeq_epi8(found, bit), value))
+            let moved = if from > to {
+                _mm256_srl_epi16(high[i], _mm_cvtsi32_si128((from - to) as i32))
+            } else {
+                _mm256_sll_epi16(high[i], _mm_cvtsi32_si128((to - from) as i32))
+            };
+            let found = _mm256_and_si256(moved, _mm256_set1_epi8(mask.cast_signed()));
+            _mm256_or_si256(a[i], found)
         })
     }
 }
