@@ -120,6 +120,7 @@ fn step(action: String, body: Value) -> Step {
         bare: false,
         save: BTreeMap::new(),
         times: None,
+        pause_seconds: 0.0,
         differs: BTreeMap::new(),
     }
 }

@@ -121,6 +121,10 @@ pub struct Step {
     /// The step is done so often, with `$i` counting from 1.
     #[serde(default)]
     pub times: Option<u32>,
+    /// How long to wait before it: the API server's times are whole seconds, and what is done in another second is
+    /// seen to be.
+    #[serde(default)]
+    pub pause_seconds: f32,
     /// Places that differ (pointers, or beginnings of them), each with a heading of docs/conformance.md.
     #[serde(default)]
     pub differs: BTreeMap<String, String>,

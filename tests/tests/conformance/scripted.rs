@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use freehold_tests::api_server::Storage;
 use freehold_tests::exchange::{Answer, send};
@@ -342,6 +343,7 @@ fn reason(step: &Step, difference: &Difference) -> Option<String> {
 }
 
 async fn perform(both: &Both, step: &Step, saved: &mut [BTreeMap<String, String>; 2]) -> (Answer, Answer) {
+    tokio::time::sleep(Duration::from_secs_f32(step.pause_seconds)).await;
     let requests = [step.request(&saved[0]), step.request(&saved[1])];
     let answers = tokio::join!(send(&both.real, &requests[0]), send(&both.embedded, &requests[1]));
     let (real, embedded) = (answers.0.unwrap(), answers.1.unwrap());
