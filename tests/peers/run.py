@@ -32,7 +32,7 @@ FREEHOLD = Path(os.environ.get("FREEHOLD_BIN", TARGET / "release" / "freehold"))
 PAGE = ROOT / "docs" / "benchmarks.md"
 # What an instruction set gave stands between its own markers: ratios are another matter on each.
 BEGIN, END = "<!-- peers:begin {kind} -->", "<!-- peers:end {kind} -->"
-INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx2")
+INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2")
 RAW = CACHE / "peers" / "latest.json"
 
 PREFILL, DECODE, SHORT_PROMPT, SEQUENCES = 512, 128, 16, (8, 16)

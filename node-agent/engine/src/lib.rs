@@ -27,6 +27,7 @@ mod tokenizer;
 mod utf8;
 
 pub use constrain::Constraint;
+pub use device::instructions;
 pub use engine::{
     DeviceChoice, Embeddings, Engine, EngineOptions, FinishReason, Finished, GenerateEvent, GenerateRequest,
     GenerationHandle, LoadProgress, Progress, Prompt, Sink, TokenLogprob,

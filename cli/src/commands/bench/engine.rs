@@ -38,6 +38,7 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
         context_length: Some(u32::try_from(context.next_multiple_of(64) + 64)?),
         max_sequences: u32::try_from(most)?,
         threads: plan.threads,
+        instructions: plan.instructions.clone(),
         // What the machine computes is measured, and not what it need not compute.
         prefix_tokens: Some(0),
         speculate: false,
@@ -86,6 +87,11 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
         model: facts.summary(),
         file_bytes: facts.file_bytes,
         threads: plan.threads,
+        instructions: plan
+            .instructions
+            .clone()
+            .or_else(|| freehold_engine::instructions().into_iter().next())
+            .unwrap_or_default(),
         load_ms: Samples::new(load_ms),
         resident_loaded_bytes,
         resident_worked_bytes,

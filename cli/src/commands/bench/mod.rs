@@ -33,6 +33,9 @@ pub struct Arguments {
     /// Threads that compute; as many as this process may keep busy if absent
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=512))]
     pub threads: Option<u32>,
+    /// Vector instructions that the engine alone computes with, such as avx2; the best of this processor if absent
+    #[arg(long, value_name = "NAME", conflicts_with = "http")]
+    pub instructions: Option<String>,
     /// How often each is measured; the median is shown
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = positive)]
     pub rounds: usize,
@@ -85,6 +88,7 @@ fn positive(text: &str) -> Result<usize, String> {
 #[derive(Clone, Debug)]
 pub struct Plan {
     threads: Option<u32>,
+    instructions: Option<String>,
     rounds: usize,
     prompt_tokens: usize,
     decode_tokens: usize,
@@ -103,6 +107,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         model,
         json,
         threads,
+        instructions,
         rounds,
         prompt_tokens,
         decode_tokens,
@@ -124,11 +129,13 @@ pub async fn run(arguments: Arguments) -> Result<()> {
             window,
             exact,
             threads,
+            instructions,
         };
         return read(reading, json).await;
     }
     let plan = Plan {
         threads,
+        instructions,
         rounds,
         prompt_tokens,
         decode_tokens,
@@ -231,7 +238,10 @@ fn advance(bar: &ProgressBar, what: &str) {
 fn lines(report: &Report, rounds: usize) -> Vec<String> {
     let mut lines = Vec::new();
     if let Some(engine) = &report.engine {
-        lines.push(format!("{}, medians of {rounds}", engine.model));
+        lines.push(format!(
+            "{}, {}, medians of {rounds}",
+            engine.model, engine.instructions
+        ));
         lines.extend(output::align(&engine_rows(engine)));
     }
     if let Some(http) = &report.http {

@@ -25,6 +25,8 @@ pub struct EngineFigures {
     /// Threads that computed; absent: as many as the process may keep busy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<u32>,
+    /// Vector instructions that the kernels were of.
+    pub instructions: String,
     /// Milliseconds from opening the file to the end of the first forward pass.
     pub load_ms: Samples,
     /// Bytes of this process in memory after the load; absent where the system does not tell.

@@ -23,6 +23,8 @@ pub struct Reading {
     pub exact: bool,
     /// Threads that compute.
     pub threads: Option<u32>,
+    /// Vector instructions; the best if absent.
+    pub instructions: Option<String>,
 }
 
 /// What was found.
@@ -47,6 +49,7 @@ pub fn measure(reading: &Reading, mut step: impl FnMut(usize, usize)) -> Result<
         window,
         exact,
         threads,
+        instructions,
     } = reading;
     let window = *window;
     let text = std::fs::read_to_string(text).with_context(|| format!("failed to read {}", text.display()))?;
@@ -54,6 +57,7 @@ pub fn measure(reading: &Reading, mut step: impl FnMut(usize, usize)) -> Result<
         context_length: Some(u32::try_from(window + 2)?),
         max_sequences: 1,
         threads: *threads,
+        instructions: instructions.clone(),
         exact: *exact,
         kv_type: if *exact { KvType::F32 } else { KvType::F16 },
         prefix_tokens: Some(0),

@@ -17,9 +17,10 @@ use tracing::{info, warn};
 
 use crate::LoadModel;
 use crate::engine::{DeviceChoice, EngineOptions, LoadProgress};
+use crate::error::quote;
 use crate::gguf::GgufFile;
 use crate::inspect::KvType;
-use crate::kernels::{Compute, WeightPrecision, available_threads};
+use crate::kernels::{Compute, Dispatch, WeightPrecision, available_threads};
 use crate::kv::{BlockTable, KvCache};
 use crate::model::{Decoder, DecoderConfig, Row};
 use decoder::DeviceDecoder;
@@ -215,12 +216,26 @@ fn causes(error: &LoadModel) -> String {
     source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
 }
 
+/// The sets of vector instructions that this processor has and that there are kernels for, the best first: what
+/// [`EngineOptions::instructions`] may name.
+pub fn instructions() -> Vec<String> {
+    Dispatch::available().map(Dispatch::option).collect()
+}
+
 /// The CPU's threads and instructions, as the options ask for them.
 pub(crate) fn compute(options: &EngineOptions) -> Result<Compute, LoadModel> {
     let threads = options
         .threads
         .map_or_else(available_threads, |n| n.max(1) as usize);
-    let compute = Compute::new(threads).map_err(LoadModel::StartThread)?;
+    let dispatch = match &options.instructions {
+        None => Dispatch::best(),
+        Some(name) => Dispatch::named(name).ok_or_else(|| LoadModel::InvalidOption {
+            field: "instructions",
+            found: quote(name),
+            allowed: format!("this processor has {}", instructions().join(", ")),
+        })?,
+    };
+    let compute = Compute::new(threads, dispatch).map_err(LoadModel::StartThread)?;
     info!(threads, kernels = compute.dispatch.name(), "Computes on the CPU");
     Ok(compute)
 }
@@ -334,6 +349,27 @@ mod tests {
             assert!(why.contains("--features") && why.contains("on the CPU"), "{why}");
         }
         assert_eq!(reason(open(&options(DeviceChoice::Cpu), "llama")), None);
+    }
+
+    #[test]
+    fn instructions_that_the_processor_lacks_are_told_with_those_it_has() {
+        let with = |name: &str| EngineOptions {
+            instructions: Some(name.to_owned()),
+            threads: Some(1),
+            ..EngineOptions::default()
+        };
+        let all = instructions();
+        assert_eq!(all.last().map(String::as_str), Some("portable"));
+        for name in &all {
+            assert_eq!(&compute(&with(name)).unwrap().dispatch.option(), name);
+        }
+        let Err(error) = compute(&with("sse9")) else {
+            panic!("there is no SSE9");
+        };
+        assert_eq!(
+            error.to_string(),
+            format!("instructions is sse9; this processor has {}", all.join(", "))
+        );
     }
 
     #[test]

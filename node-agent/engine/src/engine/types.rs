@@ -51,6 +51,8 @@ pub struct EngineOptions {
     pub draft: Option<PathBuf>,
     /// Threads that compute; None: as many as the process may keep busy (affinity and cgroup quota counted).
     pub threads: Option<u32>,
+    /// Vector instructions to compute with on the CPU, one of [`crate::instructions`]; None: the best.
+    pub instructions: Option<String>,
     /// Computes with 32-bit floats throughout, whatever the file holds: slow and large, for checking.
     pub exact: bool,
     /// Computes by candle's tensors on the CPU, as it is done on GPUs: slow, for checking that code.
@@ -70,6 +72,7 @@ impl Default for EngineOptions {
             speculate: true,
             draft: None,
             threads: None,
+            instructions: None,
             exact: false,
             through_candle: false,
         }

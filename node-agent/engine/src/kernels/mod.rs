@@ -156,6 +156,16 @@ impl Dispatch {
         Self::available().next().unwrap_or(Self(Level::Portable))
     }
 
+    /// The level of that name, as [`Self::option`] writes it, if this processor has it.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Self::available().find(|level| level.option() == name)
+    }
+
+    /// Its name as people write it in settings.
+    pub(crate) fn option(self) -> String {
+        self.name().to_lowercase().replace(' ', "-")
+    }
+
     /// Its name, for logs and reports.
     pub(crate) fn name(self) -> &'static str {
         match self.0 {
@@ -240,14 +250,14 @@ pub(crate) struct Compute {
 }
 
 impl Compute {
-    /// The best instructions, on so many threads.
+    /// On so many threads.
     ///
     /// # Errors
     /// When the system starts no thread.
-    pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
+    pub(crate) fn new(threads: usize, dispatch: Dispatch) -> std::io::Result<Self> {
         Ok(Self {
             pool: Pool::new(threads)?,
-            dispatch: Dispatch::best(),
+            dispatch,
         })
     }
 }

@@ -121,7 +121,7 @@ fn rows_of_every_format_are_read_as_candle_reads_them() {
     for dtype in QUANTIZED.into_iter().chain(FLOATS) {
         let (rows, columns) = (21, 512);
         let (bytes, values) = weights(&mut rng, dtype, rows, columns);
-        let compute = Compute::new(2).unwrap();
+        let compute = Compute::new(2, Dispatch::best()).unwrap();
         let pack = |precision| {
             Matrix::pack(
                 &compute,
@@ -150,7 +150,7 @@ fn rows_of_every_format_are_read_as_candle_reads_them() {
 #[test]
 fn tiles_are_hardly_larger_than_the_rows_of_the_file() {
     let mut rng = StdRng::seed_from_u64(6);
-    let compute = Compute::new(1).unwrap();
+    let compute = Compute::new(1, Dispatch::best()).unwrap();
     for dtype in QUANTIZED.into_iter().chain(FLOATS) {
         let (bytes, _) = weights(&mut rng, dtype, 32, 1024);
         let matrix = pack(&compute, dtype, &bytes, [32, 1024]);
