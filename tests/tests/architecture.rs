@@ -93,9 +93,8 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
 
 #[test]
 fn unsafe_code_stands_where_contributing_says() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("tests/ lies in it");
+    let tests = freehold_tests::folder();
+    let root = tests.parent().expect("tests/ lies in it");
     let mut files = Vec::new();
     sources(root, &mut files);
     assert!(files.len() > 100, "{} files", files.len());
