@@ -27,7 +27,12 @@ pub(crate) fn map(path: &Path) -> Result<Mmap, InvalidModel> {
     unsafe { Mmap::map(&file) }.map_err(open)
 }
 
-/// Lets go of the memory behind a part of a mapping. Bytes of something else are left alone.
+/// What Linux maps at once at most where it keeps a file in large pieces (since 6.16 ext4's too): a page that is touched
+/// brings all of its piece. Pieces are aligned to their size in the file.
+const LARGEST_PIECE: usize = 2 << 20;
+
+/// Lets go of the memory behind a part of a mapping, and behind what came with it. Bytes of something else are left
+/// alone.
 #[allow(unsafe_code)]
 pub(crate) fn forget(map: &Mmap, part: &[u8]) {
     let Some(offset) = (part.as_ptr() as usize).checked_sub(map.as_ptr() as usize) else {
@@ -39,7 +44,13 @@ pub(crate) fn forget(map: &Mmap, part: &[u8]) {
     // SAFETY: the mapping is of a file, for reading only: a page that is let go is filled with the same bytes of
     // the file when it is touched again. A system that does not know this advice keeps the pages, which is no harm.
     #[cfg(unix)]
-    let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, part.len()) };
+    let _ = unsafe {
+        let start = offset / LARGEST_PIECE * LARGEST_PIECE;
+        let end = (offset + part.len())
+            .next_multiple_of(LARGEST_PIECE)
+            .min(map.len());
+        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
+    };
 }
 
 #[cfg(test)]
