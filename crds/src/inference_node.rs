@@ -225,7 +225,7 @@ pub struct InferenceNodeStatus {
     /// The generation of the spec that the agent has taken up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Ready, by the agent; Reachable, by the operator.
+    /// Ready, by the agent; Reachable, and Reconciling while the machine is silent, by the operator.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

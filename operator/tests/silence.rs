@@ -55,6 +55,13 @@ async fn a_silent_machine_is_routed_around_and_then_replaced() {
             node_condition(node, "Reachable").as_deref() == Some("False")
         })
         .await;
+    let silent = world.nodes().get(&home).await.unwrap();
+    let reconciling = node_condition(&silent, "Reconciling");
+    assert_eq!(
+        reconciling.as_deref(),
+        Some("True"),
+        "the agent's last word is no news"
+    );
     let chat = world
         .until(&world.deployments(), "chat", "told of the silence", |d| {
             condition(d, "Ready") == Some(("False".into(), "NodeSilent".into()))
@@ -80,6 +87,8 @@ async fn a_silent_machine_is_routed_around_and_then_replaced() {
             node_condition(node, "Reachable").as_deref() == Some("True")
         })
         .await;
+    let heard = world.nodes().get(&home).await.unwrap();
+    assert_eq!(node_condition(&heard, "Reconciling"), None);
     world
         .until(&world.nodes(), &home, "let go of what was moved", |node| {
             node.spec.assignments.is_empty()

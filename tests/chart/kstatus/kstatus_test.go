@@ -86,7 +86,7 @@ func TestAnEditIsInProgressUntilItIsObserved(t *testing.T) {
 // kstatus takes an object without a status for one that is as it should be. This is why the kinds give it one: what a
 // real API server makes of a new object is a case of tests/tests/conformance/cases/freehold.yaml.
 func TestWhatNobodyHasSeenIsInProgressByTheDefaultOfItsKind(t *testing.T) {
-	for _, kind := range []string{"model", "policy", "probe"} {
+	for _, kind := range []string{"model", "policy", "probe", "machine"} {
 		found := read(t, "recorded/"+kind+"-unseen.json")
 		bare := found.Object.DeepCopy()
 		unstructured.RemoveNestedField(bare.Object, "status")

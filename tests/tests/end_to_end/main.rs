@@ -312,9 +312,14 @@ async fn an_operator_that_is_cut_off_is_replaced() {
         }
     };
     world.until("another operator is there", look).await;
-    let look = || match condition(&world.machine(&node), "Reachable").as_str() {
-        "False" => Ok(()),
-        other => Err(other.to_owned()),
+    let look = || {
+        let machine = world.machine(&node);
+        let told = ["Reachable", "Reconciling"].map(|kind| condition(&machine, kind));
+        if told == ["False", "True"] {
+            Ok(())
+        } else {
+            Err(told.join(", "))
+        }
     };
     world.until("it tells that the machine is silent", look).await;
     println!("told {:.0} s after the cut", cut.elapsed().as_secs_f64());

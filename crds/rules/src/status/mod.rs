@@ -4,6 +4,7 @@
 //! `Reconciling` and `Stalled` are there only while they are true.
 
 mod deployment;
+mod node;
 mod policy;
 mod probe;
 
@@ -11,6 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 pub use deployment::deployment_status;
+pub use node::{OF_THE_OPERATOR, node_conditions};
 pub use policy::policy_status;
 pub use probe::probe_status;
 

@@ -7,13 +7,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use freehold_crds::conditions::{READY, reason};
 use freehold_crds::governance_policy::{ExpressionRule, SupplyChainRules};
 use freehold_crds::health_probe::{Check, InferenceCheck};
-use freehold_crds::inference_node::{Instance, Phase};
-use freehold_crds::{HealthProbe, HealthProbeSpec};
+use freehold_crds::inference_node::{InferenceNodeStatus, Instance, Phase};
+use freehold_crds::{HealthProbe, HealthProbeSpec, InferenceNode, InferenceNodeSpec};
 use freehold_rules::plan::Liveness;
-use freehold_rules::status::{policy_status, probe_status};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use freehold_rules::status::{node_conditions, policy_status, probe_status};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use serde_json::{Value, json};
 
 use crate::build::{World, deployment, instance, node, now, path, policy};
@@ -204,12 +205,47 @@ fn policies_and_probes(recorded: &mut Recorded) {
     record(recorded, "probe-invalid", "Failed", &probe);
 }
 
+/// A machine: its agent's word, and what the operator says beside it.
+fn machines(recorded: &mut Recorded) {
+    let mut machine = InferenceNode::new("a", InferenceNodeSpec::default());
+    machine.metadata.generation = Some(1);
+    machine.status = unseen("InferenceNode");
+    record(recorded, "machine-unseen", "InProgress", &machine);
+    let cases = [
+        ("heard", Liveness::Alive, true, "Current"),
+        ("stopping", Liveness::Alive, false, "InProgress"),
+        ("silent", Liveness::Silent, true, "InProgress"),
+        ("lost", Liveness::Lost, true, "InProgress"),
+        // From the status of the silent one: what is no longer true goes.
+        ("heard-again", Liveness::Alive, true, "Current"),
+    ];
+    for (name, liveness, ready, expected) in cases {
+        let old = machine.status.take().unwrap_or_default().conditions;
+        let mut conditions = node_conditions(&old, liveness, 40, now());
+        conditions.push(Condition {
+            type_: READY.to_owned(),
+            status: if ready { "True" } else { "False" }.to_owned(),
+            reason: if ready { reason::AS_EXPECTED } else { "Stopping" }.to_owned(),
+            message: "the agent runs".to_owned(),
+            last_transition_time: Time(now()),
+            observed_generation: Some(1),
+        });
+        machine.status = Some(InferenceNodeStatus {
+            observed_generation: Some(1),
+            conditions,
+            ..InferenceNodeStatus::default()
+        });
+        record(recorded, &format!("machine-{name}"), expected, &machine);
+    }
+}
+
 #[test]
 fn recorded_statuses_are_those_of_this_code() {
     let mut recorded = Recorded::new();
     instances(&mut recorded);
     circumstances(&mut recorded);
     policies_and_probes(&mut recorded);
+    machines(&mut recorded);
 
     let folder =
         Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join("../../tests/chart/kstatus/recorded");
