@@ -1,6 +1,6 @@
 //! Decoding freely and held to a schema, in turn: what following it costs.
 //!
-//! `bench_constrained MODEL.gguf [RUNS]`: medians of tokens a second, one answer and eight at once. The
+//! `bench_constrained MODEL.gguf [RUNS [TEMPERATURE]]`: medians of tokens a second, one answer and eight at once. The
 //! constraints are loose enough that every answer reaches the same length as the free ones; guesses are off
 //! for both, then on for both.
 
@@ -43,10 +43,14 @@ fn constraints() -> Vec<(&'static str, Option<Constraint>)> {
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let Some(path) = arguments.next() else {
-        eprintln!("usage: bench_constrained MODEL.gguf [RUNS]");
+        eprintln!("usage: bench_constrained MODEL.gguf [RUNS [TEMPERATURE]]");
         std::process::exit(2);
     };
     let runs: usize = arguments.next().and_then(|runs| runs.parse().ok()).unwrap_or(5);
+    let temperature: f32 = arguments
+        .next()
+        .and_then(|value| value.parse().ok())
+        .unwrap_or(0.0);
     for speculate in [false, true] {
         let options = EngineOptions {
             context_length: Some(1024),
@@ -65,6 +69,7 @@ fn main() {
         drop(ask(
             &engine,
             constraints().pop().and_then(|(_, constraint)| constraint),
+            temperature,
         ));
         println!(
             "guesses {}; the first constraint took {} ms, the tree of tokens included",
@@ -76,7 +81,7 @@ fn main() {
             let mut rates = vec![Vec::new(); kinds.len()];
             for _ in 0..runs {
                 for ((_, constraint), rates) in kinds.iter().zip(&mut rates) {
-                    rates.push(decode(&engine, constraint.as_ref(), answers));
+                    rates.push(decode(&engine, constraint.as_ref(), answers, temperature));
                 }
             }
             let mut free = f64::NAN;
@@ -95,7 +100,11 @@ fn main() {
     }
 }
 
-fn ask(engine: &Engine, constraint: Option<Constraint>) -> (GenerationHandle, Receiver<GenerateEvent>) {
+fn ask(
+    engine: &Engine,
+    constraint: Option<Constraint>,
+    temperature: f32,
+) -> (GenerationHandle, Receiver<GenerateEvent>) {
     let request = GenerateRequest {
         id: "bench".to_owned(),
         prompt: Prompt::Text("Some people and what is known of them:\n".to_owned()),
@@ -105,6 +114,7 @@ fn ask(engine: &Engine, constraint: Option<Constraint>) -> (GenerationHandle, Re
         constraint,
         stop: Vec::new(),
         sampling: SamplingParams {
+            temperature,
             // The free ones must not end before the others.
             logit_bias: ends(engine).map(|token| (token, -100.0)).collect(),
             ..SamplingParams::default()
@@ -131,8 +141,10 @@ fn ends(engine: &Engine) -> impl Iterator<Item = u32> {
 }
 
 /// Tokens a second of all answers together, from the first that began to write to the last that ended.
-fn decode(engine: &Engine, constraint: Option<&Constraint>, answers: usize) -> f64 {
-    let asked: Vec<_> = (0..answers).map(|_| ask(engine, constraint.cloned())).collect();
+fn decode(engine: &Engine, constraint: Option<&Constraint>, answers: usize, temperature: f32) -> f64 {
+    let asked: Vec<_> = (0..answers)
+        .map(|_| ask(engine, constraint.cloned(), temperature))
+        .collect();
     let mut written = 0;
     let mut began: Option<Instant> = None;
     for (_handle, events) in &asked {

@@ -1,7 +1,7 @@
 //! Answers that must follow a JSON schema, a regular expression or a grammar.
 //!
-//! llguidance says which tokens may come next; those that may not are taken out before one is chosen, so what
-//! is written is valid at every token, and complete unless the answer's length ends it. Where only one text
+//! llguidance says which tokens may come next; one that may not is never chosen, so what is written is valid at
+//! every token, and complete unless the answer's length ends it. Where only one text
 //! can follow, that text is guessed ahead like any other ([`crate::scheduler`]).
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,6 +13,7 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::{Map, Value, json};
 
 use crate::Reject;
+use crate::sampling::Allowed;
 use crate::tokenizer::{Special, Tokenizer};
 
 /// Longest schema, expression or grammar in bytes: hostile ones are refused before they are compiled.
@@ -109,6 +110,7 @@ impl Grammars {
             Ok(Ok((matcher, false))) => {
                 return Ok(Guide {
                     matcher: Box::new(matcher),
+                    tokens: tokenizer.vocab_size() as u32,
                 });
             }
             Ok(Ok((_, true))) => "nothing satisfies it".to_owned(),
@@ -198,14 +200,28 @@ fn factory(tokenizer: &Tokenizer) -> Result<ParserFactory, String> {
 /// Where one answer is in its grammar.
 pub(crate) struct Guide {
     matcher: Box<Matcher>,
+    /// Tokens that the tokenizer has.
+    tokens: u32,
 }
 
-impl Guide {
-    /// Takes out what may not come next. `logits` is `[vocabulary]`.
-    ///
-    /// # Errors
-    /// When the grammar has become too costly to follow.
-    pub(crate) fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
+/// Fails when the grammar has become too costly to follow.
+impl Allowed for Guide {
+    fn allows(&mut self, token: u32) -> Result<bool, String> {
+        // Rows beyond the tokenizer's tokens stand for nothing.
+        if token >= self.tokens {
+            return Ok(false);
+        }
+        if self.matcher.is_stopped() {
+            return Ok(false);
+        }
+        let valid = self
+            .matcher
+            .validate_tokens(&[token])
+            .map_err(|error| brief(&error))?;
+        Ok(valid == 1)
+    }
+
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
         let mask = self
             .matcher
             .compute_mask_or_eos()
@@ -220,7 +236,9 @@ impl Guide {
         });
         Ok(())
     }
+}
 
+impl Guide {
     /// Goes on by the token that was chosen. True when the text is complete and nothing can follow.
     ///
     /// # Errors

@@ -103,12 +103,14 @@ fn every_answer_is_what_its_schema_allows() {
     let schemas = schemas();
     assert!(schemas.len() >= 30);
     for (index, schema) in schemas.iter().enumerate() {
-        for temperature in [0.0, 1.2] {
+        let mut texts = Vec::new();
+        // With log probabilities all tokens are asked about at each place, without only the likeliest.
+        for (temperature, logprobs) in [(0.0, Some(5)), (0.0, None), (1.2, Some(5)), (1.2, None)] {
             let text = format!("An example of JSON for the schema {schema}:\n");
             let mut request = constrained(&engine, &text, Constraint::JsonSchema(schema.clone()));
             request.sampling.temperature = temperature;
             request.sampling.seed = Some(index as u64);
-            request.sampling.logprobs = Some(5);
+            request.sampling.logprobs = logprobs;
             let found = answer(&engine, request);
             assert_eq!(
                 found.finished.reason,
@@ -124,7 +126,9 @@ fn every_answer_is_what_its_schema_allows() {
                 .unwrap_or_else(|error| panic!("{schema}: {:?}: {error}", found.text));
             let valid = jsonschema::validate(schema, &value);
             assert!(valid.is_ok(), "{schema}: {value}: {valid:?}");
+            texts.push(found.text);
         }
+        assert_eq!(texts[0], texts[1], "{schema}");
     }
     let progress = engine.progress();
     assert!(

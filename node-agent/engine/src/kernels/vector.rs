@@ -161,6 +161,62 @@ impl Operation for Argmax<'_> {
     }
 }
 
+/// Numbers whose weights are added up together: see [`weight_sums`].
+pub(crate) const WEIGHTS: usize = 1024;
+
+/// `e^((x - most) * scale)`, a hair above nothing where that is less than e^-87.
+struct Weights<'a> {
+    x: &'a [f32],
+    most: f32,
+    scale: f32,
+}
+
+impl Weights<'_> {
+    #[inline(always)]
+    fn at<S: Simd>(&self, simd: S, start: usize) -> S::F {
+        let x = simd.sub(load_part(simd, self.x, start), simd.splat(self.most));
+        exp(simd, simd.mul(x, simd.splat(self.scale)))
+    }
+}
+
+struct WeightsTo<'a>(Weights<'a>, &'a mut [f32]);
+
+impl Operation for WeightsTo<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self(weights, to) = self;
+        for start in (0..to.len()).step_by(LANES) {
+            let weights = weights.at(simd, start);
+            store_part(simd, to, start, weights);
+        }
+    }
+}
+
+struct WeightSums<'a>(Weights<'a>);
+
+impl Operation for WeightSums<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Vec<f32> {
+        let Weights { x, most, scale } = self.0;
+        let mut sums = Vec::with_capacity(x.len().div_ceil(WEIGHTS));
+        for x in x.chunks(WEIGHTS) {
+            let weights = Weights { x, most, scale };
+            let whole = x.len() / LANES * LANES;
+            let mut sum = simd.splat(0.0);
+            for start in (0..whole).step_by(LANES) {
+                sum = simd.add(sum, weights.at(simd, start));
+            }
+            let rest = x[whole..].iter().map(|x| ((x - most) * scale).exp()).sum::<f32>();
+            sums.push(simd.reduce_add(sum) + rest);
+        }
+        sums
+    }
+}
+
 impl Compute {
     /// Normalises each chunk of `weight.len()` numbers of `from` into `to`.
     ///
@@ -242,6 +298,30 @@ pub(crate) struct HeadShape {
 /// The first of the largest numbers; None when none is a number.
 pub(crate) fn argmax(x: &[f32]) -> Option<usize> {
     Dispatch::best().run(Argmax(x))
+}
+
+/// `e^((x - most) * scale)` of each number, which `to` has room for. Minus infinity has a weight of e^-87.
+///
+/// # Panics
+/// When lengths differ.
+pub(crate) fn weights(x: &[f32], most: f32, scale: f32, to: &mut [f32]) {
+    assert_eq!(x.len(), to.len());
+    Dispatch::best().run(WeightsTo(Weights { x, most, scale }, to));
+}
+
+/// The sum of [`weights`] over each [`WEIGHTS`] numbers.
+pub(crate) fn weight_sums(x: &[f32], most: f32, scale: f32) -> Vec<f32> {
+    Dispatch::best().run(WeightSums(Weights { x, most, scale }))
+}
+
+/// The logarithm of the sum of all `e^x`; minus infinity where none is a number.
+pub(crate) fn log_sum_exp(x: &[f32]) -> f32 {
+    let most = argmax(x).map_or(f32::NEG_INFINITY, |best| x[best]);
+    if most == f32::NEG_INFINITY {
+        return most;
+    }
+    let sum: f64 = weight_sums(x, most, 1.0).into_iter().map(f64::from).sum();
+    (f64::from(most) + sum.ln()) as f32
 }
 
 /// Calls `work` with each row of `[rows, width]` numbers, on as many threads as it is worth.

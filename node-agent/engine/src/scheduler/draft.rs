@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use super::sequence::Sequence;
-use super::success::Success;
+use super::success::{Price, Success};
 use crate::device::Runner;
 use crate::kernels::vector::argmax;
 use crate::kv::{BlockTable, KvCache};
@@ -79,14 +79,13 @@ impl DraftModel {
         self.cache.trim();
     }
 
-    /// Guesses for every sequence that writes and has no better guess. `rows` is how many rows the step
-    /// holds without guesses.
+    /// Guesses for every sequence that writes and has no better guess. `price` is that of a guess which costs nothing.
     ///
     /// # Errors
     /// What went wrong; the guesses of this step are none then, and it had better not be asked again.
-    pub(super) fn guess(&mut self, running: &mut [Sequence], rows: usize) -> Result<(), String> {
+    pub(super) fn guess(&mut self, running: &mut [Sequence], mut price: Price) -> Result<(), String> {
         self.forget(|number| running.iter().any(|one| one.number == number));
-        let cost = match (self.guess_seconds, self.step_seconds) {
+        price.guess = match (self.guess_seconds, self.step_seconds) {
             (Some(guess), Some(step)) => guess / step,
             _ => 0.0,
         };
@@ -99,7 +98,7 @@ impl DraftModel {
             }
             let reader = self.readers.entry(sequence.number).or_default();
             reader.look_back(&sequence.tokens);
-            let most = sequence.room_for_guess().min(reader.success.next(rows, cost));
+            let most = sequence.room_for_guess().min(reader.success.next(price));
             let missing = sequence.tokens.len() - reader.read;
             let count = missing.min(reading);
             let end = reader.read + count;

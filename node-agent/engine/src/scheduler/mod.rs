@@ -12,6 +12,7 @@
 //! answer that came last gives its own up, waits, and goes on where it was: nothing that was begun fails for
 //! want of memory.
 
+mod cost;
 mod draft;
 mod lookup;
 mod pace;
@@ -34,9 +35,11 @@ use crate::engine::{Counters, FinishReason, Sink, StepCount};
 use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kv::{BlockTable, KvCache, common_prefix};
 use crate::tokenizer::Tokenizer;
+use cost::StepCost;
 pub(crate) use draft::DraftModel;
 use pace::{Pace, shares};
 use sequence::Sequence;
+use success::Price;
 use turns::Turns;
 
 /// Prompt rows in a step of which all logits are wanted.
@@ -79,6 +82,7 @@ pub(crate) struct Scheduler {
     count: u64,
     draft: Option<DraftModel>,
     pace: Pace,
+    cost: StepCost,
     turns: Turns,
 }
 
@@ -104,6 +108,7 @@ impl Scheduler {
             count: 0,
             draft,
             pace: Pace::default(),
+            cost: StepCost::default(),
             turns: Turns::default(),
         }
     }
@@ -267,6 +272,11 @@ impl Scheduler {
             .collect();
         let budget = self.pace.prompt_rows(writing, prompts.iter().sum());
         let reads = !prompts.is_empty() && budget > 0;
+        let price = Price {
+            rows: writing,
+            fixed_rows: self.cost.fixed_rows(),
+            guess: 0.0,
+        };
         let mut prompt_shares = shares(&prompts, budget).into_iter();
         let shares = self
             .running
@@ -277,7 +287,7 @@ impl Scheduler {
                     if reads {
                         sequence.forget_guess();
                     } else {
-                        sequence.guess(writing, &self.tokenizer);
+                        sequence.guess(price, &self.tokenizer);
                     }
                     return 1;
                 }
@@ -292,7 +302,7 @@ impl Scheduler {
             .collect();
         if !reads
             && let Some(draft) = &mut self.draft
-            && let Err(failure) = draft.guess(&mut self.running, writing)
+            && let Err(failure) = draft.guess(&mut self.running, price)
         {
             warn!(error = %failure, "Goes on without the draft model");
             self.draft = None;
@@ -357,11 +367,20 @@ impl Scheduler {
             }
         }
         let took = began.elapsed();
+        if std::env::var_os("FH_TRACE").is_some() && step.prompt_rows == 0 {
+            eprintln!(
+                "TRACE {} {} {}",
+                step.decode_rows,
+                step.generated,
+                took.as_micros()
+            );
+        }
         self.pace.took(step.decode_rows, step.prompt_rows, took);
-        if let Some(draft) = &mut self.draft
-            && step.prompt_rows == 0
-        {
-            draft.step_took(took);
+        if step.prompt_rows == 0 {
+            self.cost.took(step.decode_rows, took);
+            if let Some(draft) = &mut self.draft {
+                draft.step_took(took);
+            }
         }
         self.counters.step(&step);
         for (index, reason) in finished.into_iter().rev() {

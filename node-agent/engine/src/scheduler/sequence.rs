@@ -7,10 +7,11 @@ use std::time::Instant;
 
 use super::Job;
 use super::lookup::Lookup;
-use super::success::Success;
+use super::success::{Price, Success};
 use crate::constrain::Guide;
 use crate::engine::{FinishReason, Finished, GenerateEvent, Sink, TokenLogprob};
 use crate::kernels::attention::BLOCK_TOKENS;
+use crate::kernels::vector::log_sum_exp;
 use crate::kv::{BlockTable, KvCache};
 use crate::model::Row;
 use crate::sampling::Sampler;
@@ -123,8 +124,8 @@ impl Sequence {
         self.position = 0;
     }
 
-    /// Guesses what comes next, if that pays in a step of `rows` rows.
-    pub(super) fn guess(&mut self, rows: usize, tokenizer: &Tokenizer) {
+    /// Guesses what comes next, if that pays in a step of this price.
+    pub(super) fn guess(&mut self, price: Price, tokenizer: &Tokenizer) {
         self.guess.clear();
         let most = self.room_for_guess();
         let Some(lookup) = &mut self.lookup else { return };
@@ -132,14 +133,14 @@ impl Sequence {
         if let Some(guide) = &mut self.guide {
             // What must come is surer than what came before.
             let mut forced = guide.forced(tokenizer);
-            forced.truncate(most.min(Success::sure(rows)));
+            forced.truncate(most.min(Success::sure(price)));
             if !forced.is_empty() {
                 self.guess = forced;
                 self.foreign = true;
                 return;
             }
         }
-        self.guess = lookup.guess(&self.tokens, rows, most);
+        self.guess = lookup.guess(&self.tokens, price, most);
     }
 
     /// Tokens that may be guessed: the last one of an answer is chosen in any case.
@@ -208,10 +209,8 @@ impl Sequence {
     pub(super) fn score(&mut self, row: usize, logits: &[f32]) {
         let next = self.tokens.get(self.position + row + 1).copied();
         if let (Some((scores, _)), Some(next)) = (&mut self.score, next) {
-            let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let sum: f64 = logits.iter().map(|x| f64::from(x - most).exp()).sum();
             let logit = logits.get(next as usize).copied().unwrap_or(f32::NEG_INFINITY);
-            scores.push((f64::from(logit - most) - sum.ln()) as f32);
+            scores.push(logit - log_sum_exp(logits));
         }
     }
 
@@ -266,12 +265,13 @@ impl Sequence {
 
     /// Takes the logits after its last row. Gives the reason when the answer is complete.
     fn take(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) -> Option<FinishReason> {
-        if let Some(guide) = &mut self.guide
-            && let Err(error) = guide.mask(logits)
-        {
-            return Some(FinishReason::Error(error));
-        }
-        let sampled = self.sampler.sample(logits);
+        let sampled = match &mut self.guide {
+            None => self.sampler.sample(logits),
+            Some(guide) => match self.sampler.sample_allowed(logits, guide) {
+                Ok(sampled) => sampled,
+                Err(error) => return Some(FinishReason::Error(error)),
+            },
+        };
         self.first_token.get_or_insert_with(Instant::now);
         self.tokens.push(sampled.token);
         let ends = tokenizer.is_end_of_generation(sampled.token);
