@@ -69,12 +69,12 @@ fuzz SECONDS="300":
     tests/fuzz/run {{SECONDS}}
 
 # Decoding with and without guesses, on text that repeats and text that does not; `DRAFT`: a model that guesses
-bench-speculation MODEL RUNS="5" *DRAFT:
-    cargo run --release -p freehold-engine --example bench_speculation -- {{MODEL}} {{RUNS}} {{DRAFT}}
+bench-speculation MODEL RUNS="5" *REST:
+    cargo run --release -p freehold-engine --example bench_speculation -- {{MODEL}} {{RUNS}} {{REST}}
 
 # What following a schema costs while decoding
-bench-constrained MODEL RUNS="5":
-    cargo run --release -p freehold-engine --example bench_constrained -- {{MODEL}} {{RUNS}}
+bench-constrained MODEL RUNS="5" TEMPERATURE="0":
+    cargo run --release -p freehold-engine --example bench_constrained -- {{MODEL}} {{RUNS}} {{TEMPERATURE}}
 
 # Write what the kustomize base installs: the chart's default values, rendered
 manifests HELM="helm":

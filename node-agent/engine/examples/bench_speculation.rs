@@ -1,10 +1,12 @@
 //! Decoding with and without guesses, in turn, on text that repeats and on text that does not.
 //!
-//! `bench_speculation MODEL.gguf [RUNS] [DRAFT.gguf]`: medians of tokens a second.
+//! `bench_speculation MODEL.gguf [RUNS [AT_ONCE [TEMPERATURE [DRAFT.gguf]]]]`: medians of tokens a second, of one answer
+//! or of several to the same question, and how many tokens of one were guessed and came true.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
+use std::time::Instant;
 
 use freehold_engine::{
     Engine, EngineOptions, FinishReason, GenerateEvent, GenerateRequest, Prompt, SamplingParams,
@@ -64,15 +66,20 @@ fn prompts(engine: &Engine) -> Vec<(&'static str, Prompt)> {
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let Some(path) = arguments.next() else {
-        eprintln!("usage: bench_speculation MODEL.gguf [RUNS] [DRAFT.gguf]");
+        eprintln!("usage: bench_speculation MODEL.gguf [RUNS [AT_ONCE [TEMPERATURE [DRAFT.gguf]]]]");
         std::process::exit(2);
     };
     let runs = arguments.next().and_then(|runs| runs.parse().ok()).unwrap_or(5);
+    let at_once: usize = arguments.next().and_then(|count| count.parse().ok()).unwrap_or(1);
+    let temperature: f32 = arguments
+        .next()
+        .and_then(|value| value.parse().ok())
+        .unwrap_or(0.0);
     let draft = arguments.next().map(PathBuf::from);
     let engines = [false, true].map(|speculate| {
         let options = EngineOptions {
             context_length: Some(2048),
-            max_sequences: 1,
+            max_sequences: at_once as u32,
             speculate,
             draft: draft.clone().filter(|_| speculate),
             ..EngineOptions::default()
@@ -94,7 +101,7 @@ fn main() {
         let before = engines[1].progress();
         for _ in 0..runs {
             for (engine, rates) in engines.iter().zip(&mut rates) {
-                rates.push(decode(engine, &prompt));
+                rates.push(decode(engine, &prompt, at_once, temperature));
             }
         }
         let after = engines[1].progress();
@@ -105,8 +112,8 @@ fn main() {
         println!(
             "{name:10} {plain:9.1} {guess:9.1} {:7.2} {:9} {:9}",
             guess / plain,
-            (after.guessed_tokens - before.guessed_tokens) / runs as u64,
-            (after.accepted_tokens - before.accepted_tokens) / runs as u64,
+            (after.guessed_tokens - before.guessed_tokens) / (runs * at_once) as u64,
+            (after.accepted_tokens - before.accepted_tokens) / (runs * at_once) as u64,
         );
     }
 }
@@ -117,9 +124,9 @@ fn ends(engine: &Engine) -> impl Iterator<Item = u32> {
     (0..tokenizer.vocab_size() as u32).filter(|&token| tokenizer.is_end_of_generation(token))
 }
 
-/// Tokens a second after the first, greedily.
-fn decode(engine: &Engine, prompt: &Prompt) -> f64 {
-    let request = GenerateRequest {
+/// Tokens a second of all answers together, from the first that began to write to the last that ended.
+fn decode(engine: &Engine, prompt: &Prompt, at_once: usize, temperature: f32) -> f64 {
+    let request = |number: usize| GenerateRequest {
         id: "bench".to_owned(),
         prompt: prompt.clone(),
         max_tokens: Some(160),
@@ -128,26 +135,42 @@ fn decode(engine: &Engine, prompt: &Prompt) -> f64 {
         constraint: None,
         stop: Vec::new(),
         sampling: SamplingParams {
+            temperature,
+            seed: Some(number as u64),
             // Every answer reaches the same length.
             logit_bias: ends(engine).map(|token| (token, -100.0)).collect(),
             ..SamplingParams::default()
         },
     };
-    let (sender, events) = channel();
-    let sink = Box::new(move |event| {
-        let _ = sender.send(event);
-        ControlFlow::Continue(())
-    });
-    let Ok(_handle) = engine.generate(request, sink) else {
-        return f64::NAN;
-    };
-    for event in events {
-        if let GenerateEvent::Finished(finished) = event {
-            assert_ne!(finished.reason, FinishReason::Cancelled);
-            let first = finished.time_to_first_token_ms.unwrap_or(0);
-            let milliseconds = finished.duration_ms.saturating_sub(first).max(1);
-            return (finished.completion_tokens - 1) as f64 * 1000.0 / milliseconds as f64;
+    let asked: Vec<_> = (0..at_once)
+        .map(|number| {
+            let (sender, events) = channel();
+            let sink = Box::new(move |event| {
+                let _ = sender.send(event);
+                ControlFlow::Continue(())
+            });
+            (engine.generate(request(number), sink), events)
+        })
+        .collect();
+    let mut began: Option<Instant> = None;
+    let mut written = 0;
+    for (handle, events) in &asked {
+        if handle.is_err() {
+            return f64::NAN;
+        }
+        for event in events {
+            match event {
+                GenerateEvent::Started { .. } => {}
+                GenerateEvent::Text { .. } => {
+                    began.get_or_insert_with(Instant::now);
+                }
+                GenerateEvent::Finished(finished) => {
+                    assert_ne!(finished.reason, FinishReason::Cancelled);
+                    written += finished.completion_tokens - 1;
+                    break;
+                }
+            }
         }
     }
-    f64::NAN
+    began.map_or(f64::NAN, |began| written as f64 / began.elapsed().as_secs_f64())
 }

@@ -19,6 +19,17 @@ use crate::stop::StopStrings;
 use crate::tokenizer::Tokenizer;
 use crate::utf8::Utf8Stream;
 
+/// Who guessed what comes next.
+#[derive(Clone, Copy, Debug)]
+enum Guesser {
+    /// What was written before.
+    Text,
+    /// What the answer must follow.
+    Grammar,
+    /// A second model.
+    Draft,
+}
+
 pub(super) struct Sequence {
     pub(super) id: String,
     /// No other sequence of this engine has it.
@@ -36,8 +47,10 @@ pub(super) struct Sequence {
     lookup: Option<Lookup>,
     /// Tokens guessed for this step; their rows follow the last token's.
     guess: Vec<u32>,
-    /// Whether the guess is a grammar's or a draft model's: then it says nothing about guesses from the text.
-    foreign: bool,
+    /// Whose guess it is: each is judged by its own.
+    guesser: Guesser,
+    /// How often what a grammar demands was cut into tokens as the model cuts it.
+    forced: Success,
     /// Log probabilities of the prompt's tokens, the first left out, and where they go.
     score: Option<(Vec<f32>, Sender<Vec<f32>>)>,
     sampler: Sampler,
@@ -72,7 +85,8 @@ impl Sequence {
             max_tokens: job.max_tokens,
             lookup: job.speculate.then(Lookup::default),
             guess: Vec::new(),
-            foreign: false,
+            guesser: Guesser::Text,
+            forced: Success::expected(0.9),
             stop: StopStrings::new(&job.stop),
             text: Utf8Stream::default(),
             held: Vec::new(),
@@ -129,14 +143,19 @@ impl Sequence {
         self.guess.clear();
         let most = self.room_for_guess();
         let Some(lookup) = &mut self.lookup else { return };
-        self.foreign = false;
+        self.guesser = Guesser::Text;
         if let Some(guide) = &mut self.guide {
             // What must come is surer than what came before.
-            let mut forced = guide.forced(tokenizer);
-            forced.truncate(most.min(Success::sure(price)));
+            let most = most.min(self.forced.next(price));
+            let mut forced = if most == 0 {
+                Vec::new()
+            } else {
+                guide.forced(tokenizer)
+            };
+            forced.truncate(most);
             if !forced.is_empty() {
                 self.guess = forced;
-                self.foreign = true;
+                self.guesser = Guesser::Grammar;
                 return;
             }
         }
@@ -155,7 +174,9 @@ impl Sequence {
 
     /// Takes a draft model's guess.
     pub(super) fn set_guess(&mut self, guess: Vec<u32>) {
-        self.foreign = !guess.is_empty();
+        if !guess.is_empty() {
+            self.guesser = Guesser::Draft;
+        }
         self.guess = guess;
     }
 
@@ -238,15 +259,16 @@ impl Sequence {
             // The guessed token's key and value are what the real one's would be.
             self.position += 1;
         }
-        if let Some(lookup) = &mut self.lookup
-            && !self.foreign
-        {
-            let hits = self.tokens[self.tokens.len() - chosen..]
-                .iter()
-                .zip(&guess)
-                .take_while(|(chosen, guessed)| chosen == guessed)
-                .count();
-            lookup.came_true(guess.len(), hits);
+        let hits = self.tokens[self.tokens.len() - chosen..]
+            .iter()
+            .zip(&guess)
+            .take_while(|(chosen, guessed)| chosen == guessed)
+            .count();
+        match (self.guesser, &mut self.lookup) {
+            (Guesser::Text, Some(lookup)) => lookup.came_true(guess.len(), hits),
+            (Guesser::Grammar, _) => self.forced.came_true(guess.len(), hits),
+            // It sees for itself.
+            (Guesser::Draft, _) | (Guesser::Text, None) => {}
         }
         (chosen, reason)
     }

@@ -67,11 +67,6 @@ impl Success {
         count
     }
 
-    /// Tokens to guess that are all but certain, and cost nothing.
-    pub(super) fn sure(price: Price) -> usize {
-        worthwhile(0.9, price)
-    }
-
     /// Takes note of how many of the guessed tokens came true.
     pub(super) fn came_true(&mut self, guessed: usize, hits: usize) {
         if guessed == 0 {
