@@ -68,7 +68,8 @@ oracle FILE="" TOKENS="64":
 fuzz SECONDS="300":
     tests/fuzz/run {{SECONDS}}
 
-# Decoding with and without guesses, on text that repeats and text that does not; `DRAFT`: a model that guesses
+# Decoding with and without guesses, on text that repeats and text that does not; REST: answers at once, temperature, and
+# a model that guesses
 bench-speculation MODEL RUNS="5" *REST:
     cargo run --release -p freehold-engine --example bench_speculation -- {{MODEL}} {{RUNS}} {{REST}}
 

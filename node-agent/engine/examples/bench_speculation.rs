@@ -13,6 +13,8 @@ use freehold_engine::{
 };
 use serde_json::json;
 
+const USAGE: &str = "bench_speculation MODEL.gguf [RUNS [AT_ONCE [TEMPERATURE [DRAFT.gguf]]]]";
+
 const PASSAGE: &str = "The harbour of Ostermoor lies at the mouth of two rivers, the Lenn and the Varre. \
 Ships from the south bring copper, salt and oranges; ships from the north bring timber, furs and dried fish. \
 In the year 1412 a fire destroyed the eastern quay, and the council ordered that every warehouse be rebuilt \
@@ -66,15 +68,12 @@ fn prompts(engine: &Engine) -> Vec<(&'static str, Prompt)> {
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let Some(path) = arguments.next() else {
-        eprintln!("usage: bench_speculation MODEL.gguf [RUNS [AT_ONCE [TEMPERATURE [DRAFT.gguf]]]]");
+        eprintln!("usage: {USAGE}");
         std::process::exit(2);
     };
-    let runs = arguments.next().and_then(|runs| runs.parse().ok()).unwrap_or(5);
-    let at_once: usize = arguments.next().and_then(|count| count.parse().ok()).unwrap_or(1);
-    let temperature: f32 = arguments
-        .next()
-        .and_then(|value| value.parse().ok())
-        .unwrap_or(0.0);
+    let runs: usize = number(arguments.next(), 5).max(1);
+    let at_once: usize = number(arguments.next(), 1).max(1);
+    let temperature: f32 = number(arguments.next(), 0.0);
     let draft = arguments.next().map(PathBuf::from);
     let engines = [false, true].map(|speculate| {
         let options = EngineOptions {
@@ -116,6 +115,15 @@ fn main() {
             (after.accepted_tokens - before.accepted_tokens) / (runs * at_once) as u64,
         );
     }
+}
+
+fn number<N: std::str::FromStr>(argument: Option<String>, otherwise: N) -> N {
+    argument.map_or(otherwise, |text| {
+        text.parse().unwrap_or_else(|_| {
+            eprintln!("{text:?} is no number; usage: {USAGE}");
+            std::process::exit(2);
+        })
+    })
 }
 
 /// Tokens that end an answer.

@@ -1,25 +1,33 @@
 //! Answers that must follow a JSON schema, a regular expression or a grammar.
 //!
 //! llguidance says which tokens may come next; one that may not is never chosen, so what is written is valid at
-//! every token, and complete unless the answer's length ends it. Where only one text
-//! can follow, that text is guessed ahead like any other ([`crate::scheduler`]).
+//! every token, and complete unless the answer's length ends it. As a rule it is asked about the token that the
+//! model likes best, and about all of them only where that one may not come. Where only one text can follow, that
+//! text is guessed ahead like any other ([`crate::scheduler`]).
+
+#[cfg(test)]
+mod tests;
+mod watch;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 
 use llguidance::api::TopLevelGrammar;
-use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
+use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Map, Value, json};
 
 use crate::Reject;
 use crate::sampling::Allowed;
 use crate::tokenizer::{Special, Tokenizer};
+use watch::{Stint, Watch};
 
 /// Longest schema, expression or grammar in bytes: hostile ones are refused before they are compiled.
 const SOURCE_LIMIT: usize = 256 << 10;
 /// Longest message of a refusal, in characters.
 const MESSAGE_LIMIT: usize = 400;
+/// Tokens after which all are asked about again: only that refills what llguidance lets an expression cost.
+const ASK_ALL_EVERY: u32 = 64;
 
 /// What may stand in a schema; annotations are ignored.
 const SCHEMAS: &str = "a JSON schema that some value satisfies, of type, enum, const, anyOf, allOf, oneOf of what \
@@ -75,7 +83,7 @@ fn tight(schema: Value) -> Value {
 /// Compiles constraints for one model. The tree of its tokens is built when first needed.
 #[derive(Default)]
 pub(crate) struct Grammars {
-    factory: OnceLock<Result<ParserFactory, String>>,
+    factory: OnceLock<Result<(ParserFactory, Watch), String>>,
 }
 
 impl Grammars {
@@ -94,36 +102,32 @@ impl Grammars {
                 "at most 256 KiB of schema, expression or grammar",
             ));
         }
-        let factory = self
+        let (factory, watch) = self
             .factory
-            .get_or_init(|| factory(tokenizer))
+            .get_or_init(|| Ok((factory(tokenizer)?, Watch::start()?)))
             .as_ref()
             .map_err(|error| Reject::Compute(error.clone()))?;
         // What strangers send is compiled by code that is not ours: a panic of it refuses the request.
-        let compiled = catch_unwind(AssertUnwindSafe(|| {
-            let mut matcher = Matcher::new(factory.create_parser(constraint.grammar()));
+        let compiled: std::thread::Result<Result<_, String>> = catch_unwind(AssertUnwindSafe(|| {
+            let matcher = Matcher::new(factory.create_parser(constraint.grammar())).into_cancellable();
+            let stint = watch.add(matcher.cancellation_handle().unwrap_or_default());
+            let mut guide = Guide {
+                matcher: Box::new(matcher),
+                stint,
+                tokens: factory.tok_env().tok_trie().vocab_size(),
+                since_all: 0,
+            };
             // The first mask finds grammars that nothing can satisfy.
-            let first = matcher.compute_mask().map_err(|error| error.to_string());
-            first.map(|mask| (matcher, mask.is_zero()))
+            let first = guide.ask(Matcher::compute_mask)?;
+            Ok((guide, first.is_zero()))
         }));
         let problem = match compiled {
-            Ok(Ok((matcher, false))) => {
-                return Ok(Guide {
-                    matcher: Box::new(matcher),
-                    tokens: tokenizer.vocab_size() as u32,
-                });
-            }
+            Ok(Ok((guide, false))) => return Ok(guide),
             Ok(Ok((_, true))) => "nothing satisfies it".to_owned(),
             Ok(Err(error)) => error,
             Err(_) => "it cannot be compiled".to_owned(),
         };
-        let problem: String = problem
-            .lines()
-            .next()
-            .unwrap_or_default()
-            .chars()
-            .take(MESSAGE_LIMIT)
-            .collect();
+        let problem = first_line(&problem);
         let (place, allowed) = match constraint {
             Constraint::JsonObject => (None, SCHEMAS),
             Constraint::JsonSchema(schema) => (place(schema, &problem, "#"), SCHEMAS),
@@ -200,32 +204,29 @@ fn factory(tokenizer: &Tokenizer) -> Result<ParserFactory, String> {
 /// Where one answer is in its grammar.
 pub(crate) struct Guide {
     matcher: Box<Matcher>,
+    stint: Arc<Stint>,
     /// Tokens that the tokenizer has.
-    tokens: u32,
+    tokens: usize,
+    /// Tokens since all were asked about.
+    since_all: u32,
 }
 
 /// Fails when the grammar has become too costly to follow.
 impl Allowed for Guide {
     fn allows(&mut self, token: u32) -> Result<bool, String> {
         // Rows beyond the tokenizer's tokens stand for nothing.
-        if token >= self.tokens {
+        if token as usize >= self.tokens {
             return Ok(false);
         }
-        if self.matcher.is_stopped() {
-            return Ok(false);
+        if self.since_all >= ASK_ALL_EVERY {
+            return Ok(self.all()?.is_allowed(token));
         }
-        let valid = self
-            .matcher
-            .validate_tokens(&[token])
-            .map_err(|error| brief(&error))?;
-        Ok(valid == 1)
+        let valid = self.ask(|matcher| matcher.validate_tokens(&[token]));
+        Ok(valid.map_err(followed_no_further)? == 1)
     }
 
     fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
-        let mask = self
-            .matcher
-            .compute_mask_or_eos()
-            .map_err(|error| brief(&error))?;
+        let mask = self.all()?;
         let tokens = mask.len().min(logits.len());
         // Rows beyond the tokenizer's tokens stand for nothing.
         logits[tokens..].fill(f32::NEG_INFINITY);
@@ -239,18 +240,42 @@ impl Allowed for Guide {
 }
 
 impl Guide {
+    /// All tokens that may come next.
+    fn all(&mut self) -> Result<SimpleVob, String> {
+        self.since_all = 0;
+        self.ask(Matcher::compute_mask_or_eos)
+            .map_err(followed_no_further)
+    }
+
+    /// Asks llguidance, for so long as that may take.
+    fn ask<T, E: std::fmt::Display>(
+        &mut self,
+        question: impl FnOnce(&mut Matcher) -> Result<T, E>,
+    ) -> Result<T, String> {
+        let answer = self.stint.during(|| question(&mut self.matcher));
+        if self.matcher.is_cancelled() {
+            let limit = watch::LONGEST.as_millis();
+            return Err(format!(
+                "it took longer than {limit} ms to say what may come next"
+            ));
+        }
+        answer.map_err(|error| first_line(&error.to_string()))
+    }
+
     /// Goes on by the token that was chosen. True when the text is complete and nothing can follow.
     ///
     /// # Errors
     /// When the token does not fit, which is a fault of this program.
     pub(crate) fn advance(&mut self, token: u32) -> Result<bool, String> {
-        self.matcher.consume_token(token).map_err(|error| brief(&error))?;
+        self.since_all += 1;
+        self.ask(|matcher| matcher.consume_token(token))
+            .map_err(followed_no_further)?;
         Ok(self.matcher.is_stopped())
     }
 
     /// The tokens of the text that must come next, as the model would most likely cut it; often none.
     pub(crate) fn forced(&mut self, tokenizer: &Tokenizer) -> Vec<u32> {
-        let bytes = self.matcher.compute_ff_bytes();
+        let bytes = self.stint.during(|| self.matcher.compute_ff_bytes());
         let Ok(text) = std::str::from_utf8(&bytes) else {
             return Vec::new();
         };
@@ -261,14 +286,15 @@ impl Guide {
     }
 }
 
-fn brief(error: &dyn std::fmt::Display) -> String {
-    let text = error.to_string();
-    let line: String = text
-        .lines()
+fn followed_no_further(problem: String) -> String {
+    format!("the grammar cannot be followed further: {problem}")
+}
+
+fn first_line(text: &str) -> String {
+    text.lines()
         .next()
         .unwrap_or_default()
         .chars()
         .take(MESSAGE_LIMIT)
-        .collect();
-    format!("the grammar cannot be followed further: {line}")
+        .collect()
 }

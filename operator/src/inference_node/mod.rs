@@ -1,10 +1,8 @@
 //! The InferenceNode controllers: each machine that sends heartbeats gets an object, each object the
 //! spec that the plan has for it.
 //!
-//! The status is the agent's word, with one exception: [`conditions::REACHABLE`], which tells whether
-//! the agent is heard, and which a silent agent cannot tell itself.
-//!
-//! [`conditions::REACHABLE`]: freehold_crds::conditions::REACHABLE
+//! The status is the agent's word, with one exception: whether the agent is heard, which a silent agent cannot tell
+//! itself ([`freehold_rules::status::node_conditions`]).
 
 mod apply;
 mod dereference;

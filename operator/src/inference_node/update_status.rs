@@ -5,7 +5,7 @@ use std::time::Duration;
 use freehold_crds::InferenceNode;
 use freehold_crds::conditions::{self, reason};
 use freehold_rules::plan::Liveness;
-use freehold_rules::status::{OF_THE_OPERATOR, node_conditions};
+use freehold_rules::status::node_conditions;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::core::DeserializeGuard;
 use kube::{Resource, ResourceExt};
@@ -30,7 +30,7 @@ pub(super) async fn update_status(
         .status
         .iter()
         .flat_map(|status| &status.conditions)
-        .filter(|condition| OF_THE_OPERATOR.contains(&condition.type_.as_str()))
+        .filter(|condition| is_ours(condition))
         .cloned()
         .collect();
     let unheard = match liveness {
@@ -51,17 +51,24 @@ pub(super) async fn update_status(
     context.metrics.writes.get_or_create(&Kind { kind: KIND }).inc();
     context.shelves.nodes.wrote(written);
     let warning = liveness != Liveness::Alive;
+    let said = |list: &[Condition]| {
+        let mut reachable = list.iter().filter(|one| one.type_ == conditions::REACHABLE);
+        reachable.next().map(|one| one.message.clone())
+    };
+    let (before, message) = (said(&present), said(&wanted).unwrap_or_default());
     // That a machine is heard is a story only after it was not.
-    if warning || !present.is_empty() {
+    let news = before.map_or(warning, |before| before != message);
+    if news {
         let reason = if warning { reason::NODE_SILENT } else { "NodeHeard" };
-        let heard = wanted
-            .into_iter()
-            .find(|condition| condition.type_ == conditions::REACHABLE);
-        let message = heard.map(|condition| condition.message).unwrap_or_default();
         let story = Story::new(warning, reason, format!("{liveness:?}"), message);
         context.events.tell(&node.object_ref(&()), [story]);
     }
     Ok(())
+}
+
+fn is_ours(condition: &Condition) -> bool {
+    condition.type_ == conditions::REACHABLE
+        || (condition.type_ == conditions::RECONCILING && condition.reason == reason::NODE_SILENT)
 }
 
 /// Whether the same is said, in whatever order.

@@ -1,6 +1,6 @@
 //! From observations to status: conditions as kstatus reads them, and words as people do.
 //!
-//! Every function gives the whole status and is idempotent: fed its own result it gives it again.
+//! Every function gives the whole of what the operator writes and is idempotent: fed its own result it gives it again.
 //! `Reconciling` and `Stalled` are there only while they are true.
 
 mod deployment;
@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 pub use deployment::deployment_status;
-pub use node::{OF_THE_OPERATOR, node_conditions};
+pub use node::node_conditions;
 pub use policy::policy_status;
 pub use probe::probe_status;
 

@@ -7,9 +7,6 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use super::Conditions;
 use crate::plan::Liveness;
 
-/// Types of the conditions that [`node_conditions`] gives; the others of the kind are the agent's.
-pub const OF_THE_OPERATOR: [&str; 2] = [conditions::REACHABLE, conditions::RECONCILING];
-
 /// `Reachable`, and `Reconciling` while a machine is not heard: its agent's `Ready` is its last word, and nobody who
 /// judges the object as kstatus does shall take that for today's.
 ///

@@ -222,6 +222,12 @@ fn machines(recorded: &mut Recorded) {
     for (name, liveness, ready, expected) in cases {
         let old = machine.status.take().unwrap_or_default().conditions;
         let mut conditions = node_conditions(&old, liveness, 40, now());
+        let later = now() + jiff::SignedDuration::from_secs(60);
+        assert_eq!(
+            node_conditions(&conditions, liveness, 40, later),
+            conditions,
+            "told again"
+        );
         conditions.push(Condition {
             type_: READY.to_owned(),
             status: if ready { "True" } else { "False" }.to_owned(),

@@ -162,13 +162,13 @@ impl Operation for Argmax<'_> {
 }
 
 /// Numbers whose weights are added up together: see [`weight_sums`].
-pub(crate) const WEIGHTS: usize = 1024;
+pub(crate) const CHUNK: usize = 1024;
 
 /// `e^((x - most) * scale)`, a hair above nothing where that is less than e^-87.
-struct Weights<'a> {
-    x: &'a [f32],
-    most: f32,
-    scale: f32,
+pub(super) struct Weights<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) most: f32,
+    pub(super) scale: f32,
 }
 
 impl Weights<'_> {
@@ -179,7 +179,7 @@ impl Weights<'_> {
     }
 }
 
-struct WeightsTo<'a>(Weights<'a>, &'a mut [f32]);
+pub(super) struct WeightsTo<'a>(pub(super) Weights<'a>, pub(super) &'a mut [f32]);
 
 impl Operation for WeightsTo<'_> {
     type Output = ();
@@ -194,7 +194,7 @@ impl Operation for WeightsTo<'_> {
     }
 }
 
-struct WeightSums<'a>(Weights<'a>);
+pub(super) struct WeightSums<'a>(pub(super) Weights<'a>);
 
 impl Operation for WeightSums<'_> {
     type Output = Vec<f32>;
@@ -202,8 +202,8 @@ impl Operation for WeightSums<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Vec<f32> {
         let Weights { x, most, scale } = self.0;
-        let mut sums = Vec::with_capacity(x.len().div_ceil(WEIGHTS));
-        for x in x.chunks(WEIGHTS) {
+        let mut sums = Vec::with_capacity(x.len().div_ceil(CHUNK));
+        for x in x.chunks(CHUNK) {
             let weights = Weights { x, most, scale };
             let whole = x.len() / LANES * LANES;
             let mut sum = simd.splat(0.0);
@@ -309,19 +309,19 @@ pub(crate) fn weights(x: &[f32], most: f32, scale: f32, to: &mut [f32]) {
     Dispatch::best().run(WeightsTo(Weights { x, most, scale }, to));
 }
 
-/// The sum of [`weights`] over each [`WEIGHTS`] numbers.
+/// The sum of [`weights`] over each [`CHUNK`] numbers.
 pub(crate) fn weight_sums(x: &[f32], most: f32, scale: f32) -> Vec<f32> {
     Dispatch::best().run(WeightSums(Weights { x, most, scale }))
 }
 
 /// The logarithm of the sum of all `e^x`; minus infinity where none is a number.
-pub(crate) fn log_sum_exp(x: &[f32]) -> f32 {
+pub(crate) fn log_sum_exp(x: &[f32]) -> f64 {
     let most = argmax(x).map_or(f32::NEG_INFINITY, |best| x[best]);
     if most == f32::NEG_INFINITY {
-        return most;
+        return most.into();
     }
     let sum: f64 = weight_sums(x, most, 1.0).into_iter().map(f64::from).sum();
-    (f64::from(most) + sum.ln()) as f32
+    f64::from(most) + sum.ln()
 }
 
 /// Calls `work` with each row of `[rows, width]` numbers, on as many threads as it is worth.

@@ -409,3 +409,33 @@ fn tokens_of_a_large_vocabulary_are_drawn_by_their_weights_within_the_cuts() {
         }
     }
 }
+
+#[test]
+fn logits_that_are_no_numbers_end_in_a_token_that_is_one() {
+    let params = |top_p: f32, temperature: f32| SamplingParams {
+        temperature,
+        top_p,
+        seed: Some(4),
+        ..SamplingParams::default()
+    };
+    for params in [params(0.0, 0.0), params(0.0, 1.0), params(0.9, 1.0)] {
+        let choose = |logits: &[f32]| {
+            Sampler::new(params.clone(), &[])
+                .sample(&mut logits.to_vec())
+                .token
+        };
+        let (nan, infinity) = (f32::NAN, f32::INFINITY);
+        assert_eq!(choose(&[0.0, infinity, 1.0]), 1, "{params:?}");
+        assert_eq!(choose(&[0.0, 30.0, nan, -infinity]), 1, "{params:?}");
+        assert_eq!(choose(&[-infinity, -infinity, 2.0]), 2, "{params:?}");
+        for nothing in [&[][..], &[nan, nan], &[-infinity; 40]] {
+            assert_eq!(choose(nothing), 0, "{params:?}");
+        }
+    }
+    // More are asked for than there are.
+    let many = SamplingParams {
+        top_k: 50,
+        ..params(0.5, 1.0)
+    };
+    assert!(Sampler::new(many, &[]).sample(&mut [0.0, 9.0]).token < 2);
+}

@@ -6,9 +6,12 @@ use std::time::Duration;
 const KEPT: f64 = 0.99;
 /// Rows that cost as much as the rest of a step, before anything was measured: 3 to 10 were seen, more for large models.
 pub(super) const FIRST_ROWS: f32 = 6.0;
-/// What is believed at least and at most.
+/// What is believed at least and at most, whatever a machine that does other things meanwhile lets one measure: below, nothing
+/// would be guessed any more and so nothing measured; above, a row costs next to nothing in any case.
 const LEAST_ROWS: f32 = 1.5;
 const MOST_ROWS: f32 = 40.0;
+/// A step that takes this many times what steps take was held up by something else.
+const HELD_UP: f64 = 4.0;
 /// Spread of row counts below which steps say nothing about one more row.
 const LEAST_SPREAD: f64 = 0.1;
 
@@ -25,7 +28,10 @@ pub(super) struct StepCost {
 impl StepCost {
     /// Takes note of a step in which no prompt was read.
     pub(super) fn took(&mut self, rows: usize, time: Duration) {
-        let (rows, seconds) = (rows as f64, time.as_secs_f64());
+        let (rows, mut seconds) = (rows as f64, time.as_secs_f64());
+        if self.weight > 1.0 {
+            seconds = seconds.min(HELD_UP * self.seconds / self.weight);
+        }
         for (sum, now) in [
             (&mut self.weight, 1.0),
             (&mut self.rows, rows),
@@ -46,10 +52,10 @@ impl StepCost {
             return FIRST_ROWS;
         }
         let row = (self.rows_seconds / weight - rows * seconds) / spread;
-        let fixed = (seconds - row * rows) / row.max(1e-9);
         if row <= 0.0 {
             return MOST_ROWS;
         }
+        let fixed = (seconds - row * rows) / row;
         (fixed as f32).clamp(LEAST_ROWS, MOST_ROWS)
     }
 }

@@ -367,14 +367,6 @@ impl Scheduler {
             }
         }
         let took = began.elapsed();
-        if std::env::var_os("FH_TRACE").is_some() && step.prompt_rows == 0 {
-            eprintln!(
-                "TRACE {} {} {}",
-                step.decode_rows,
-                step.generated,
-                took.as_micros()
-            );
-        }
         self.pace.took(step.decode_rows, step.prompt_rows, took);
         if step.prompt_rows == 0 {
             self.cost.took(step.decode_rows, took);

@@ -14,7 +14,7 @@ use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kernels::vector::log_sum_exp;
 use crate::kv::{BlockTable, KvCache};
 use crate::model::Row;
-use crate::sampling::Sampler;
+use crate::sampling::{Sampler, logprob};
 use crate::stop::StopStrings;
 use crate::tokenizer::Tokenizer;
 use crate::utf8::Utf8Stream;
@@ -86,6 +86,7 @@ impl Sequence {
             lookup: job.speculate.then(Lookup::default),
             guess: Vec::new(),
             guesser: Guesser::Text,
+            // How else would it be cut?
             forced: Success::expected(0.9),
             stop: StopStrings::new(&job.stop),
             text: Utf8Stream::default(),
@@ -231,7 +232,7 @@ impl Sequence {
         let next = self.tokens.get(self.position + row + 1).copied();
         if let (Some((scores, _)), Some(next)) = (&mut self.score, next) {
             let logit = logits.get(next as usize).copied().unwrap_or(f32::NEG_INFINITY);
-            scores.push(logit - log_sum_exp(logits));
+            scores.push(logprob(logit, log_sum_exp(logits)));
         }
     }
 

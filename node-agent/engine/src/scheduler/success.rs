@@ -13,7 +13,7 @@ use super::cost::FIRST_ROWS;
 const MOST: usize = 12;
 /// Weight of the newest guess in the hit rate.
 const NEWEST: f32 = 0.1;
-/// Tokens without a guess after guessing did not pay; doubled each time it does not pay again.
+/// Chances to guess that pass after guessing did not pay; doubled each time it does not pay again.
 const FIRST_PAUSE: u32 = 16;
 const LONGEST_PAUSE: u32 = 512;
 /// Hits in a row after which a pause begins short again.
@@ -26,7 +26,7 @@ pub(super) struct Success {
     rate: f32,
     /// How dear the latest guess was.
     price: Price,
-    /// Tokens until the next guess, which is a try.
+    /// Chances to guess that pass before the next guess, which is a try.
     pause: u32,
     next_pause: u32,
     tries: bool,
@@ -57,7 +57,7 @@ impl Success {
             self.pause -= 1;
             return 0;
         }
-        if std::mem::take(&mut self.tries) {
+        if self.tries {
             return 1;
         }
         let count = worthwhile(self.rate, price);
@@ -72,6 +72,7 @@ impl Success {
         if guessed == 0 {
             return;
         }
+        self.tries = false;
         // Only the first miss says anything; what was guessed after it was never a guess at that place.
         let tried = guessed.min(hits + 1);
         for index in 0..tried {

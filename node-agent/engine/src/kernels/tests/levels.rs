@@ -1,6 +1,7 @@
 //! The levels beside each other, to the bit, and the encoder's kernels at each of them.
 
 use super::super::encode::Attended;
+use super::super::vector::{CHUNK, WeightSums, Weights, WeightsTo};
 use super::*;
 
 /// Contexts of one thread: of the levels that have fused multiply-add, the best first.
@@ -270,5 +271,35 @@ fn attention_over_whole_texts_equals_plain_arithmetic_at_every_level() {
             close(&attend(&compute), &expected, 2e-5, compute.dispatch.name());
         }
         same_bits("attention over texts", attend);
+    }
+}
+
+#[test]
+fn weights_and_their_sums_are_those_of_the_exponential_at_every_level() {
+    let mut rng = StdRng::seed_from_u64(27);
+    // Not whole lanes, not whole chunks, and one of neither.
+    for count in [1, 15, 16, 1000, 1024, 3001] {
+        let x: Vec<f32> = numbers(&mut rng, count).iter().map(|x| 9.0 * x).collect();
+        let most = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        for scale in [1.0, 0.4, 3.0] {
+            let expected: Vec<f64> = x
+                .iter()
+                .map(|x| (f64::from(x - most) * f64::from(scale)).exp())
+                .collect();
+            let sums: Vec<f64> = expected.chunks(CHUNK).map(|chunk| chunk.iter().sum()).collect();
+            let of = || Weights { x: &x, most, scale };
+            let each = |compute: &Compute| {
+                let mut to = vec![f32::NAN; count];
+                compute.dispatch.run(WeightsTo(of(), &mut to));
+                to
+            };
+            let summed = |compute: &Compute| compute.dispatch.run(WeightSums(of()));
+            for compute in contexts() {
+                close(&each(&compute), &expected, 1e-6, compute.dispatch.name());
+                close(&summed(&compute), &sums, 1e-6, compute.dispatch.name());
+            }
+            same_bits("weights", each);
+            same_bits("sums of weights", summed);
+        }
     }
 }
