@@ -4,8 +4,9 @@ use std::time::Duration;
 
 /// What a step remembers of those before it: about the last hundred count.
 const KEPT: f64 = 0.99;
-/// Rows that cost as much as the rest of a step, before anything was measured: 3 to 10 were seen, more for large models.
-pub(super) const FIRST_ROWS: f32 = 6.0;
+/// Rows that cost as much as the rest of a step, before anything was measured: 3 and 7 were seen for small models, more for
+/// large ones. Who begins too low guesses a little less until it is measured.
+pub(super) const FIRST_ROWS: f32 = 3.0;
 /// What is believed at least and at most, whatever a machine that does other things meanwhile lets one measure: below, nothing
 /// would be guessed any more and so nothing measured; above, a row costs next to nothing in any case.
 const LEAST_ROWS: f32 = 1.5;

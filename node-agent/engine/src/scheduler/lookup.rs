@@ -103,19 +103,25 @@ impl Lookup {
 mod tests {
     use super::*;
 
+    const PRICE: Price = Price {
+        rows: 1,
+        fixed_rows: 7.0,
+        guess: 0.0,
+    };
+
     #[test]
     fn what_followed_the_same_words_is_guessed() {
         let mut lookup = Lookup::default();
         let tokens = [9, 1, 2, 3, 4, 5, 6, 1, 2, 3];
-        let guess = lookup.guess(&tokens, Price::default(), 8);
+        let guess = lookup.guess(&tokens, PRICE, 8);
         assert_eq!(guess, [4, 5]);
-        assert_eq!(lookup.guess(&[7, 7, 7], Price::default(), 8), [0_u32; 0]);
+        assert_eq!(lookup.guess(&[7, 7, 7], PRICE, 8), [0_u32; 0]);
     }
 
     #[test]
     fn a_run_of_one_token_goes_on() {
         let mut lookup = Lookup::default();
-        assert_eq!(lookup.guess(&[8; 6], Price::default(), 2), [8, 8]);
+        assert_eq!(lookup.guess(&[8; 6], PRICE, 2), [8, 8]);
     }
 
     #[test]
@@ -124,12 +130,12 @@ mod tests {
         let rows = [50, 51, 52, 1, 60, 61, 62, 63, 50, 51, 52, 2, 60, 61, 62, 63];
         let next = [50, 51, 52];
         let mut lookup = Lookup::default();
-        let guess = lookup.guess(&rows, Price::default(), 12);
+        let guess = lookup.guess(&rows, PRICE, 12);
         assert_eq!(guess, [50, 51, 52]);
         let text = [&rows[..], &next].concat();
-        assert_eq!(lookup.guess(&text, Price::default(), 12), [0_u32; 0]);
+        assert_eq!(lookup.guess(&text, PRICE, 12), [0_u32; 0]);
         let text = [&text[..], &[3, 60, 61, 62]].concat();
-        assert_eq!(lookup.guess(&text, Price::default(), 12)[0], 63);
+        assert_eq!(lookup.guess(&text, PRICE, 12)[0], 63);
     }
 
     #[test]
@@ -141,8 +147,8 @@ mod tests {
             lookup.came_true(1, 0);
         }
         let short = [&passage[..], &[7, 100, 101, 102]].concat();
-        assert_eq!(lookup.guess(&short, Price::default(), 4), [0_u32; 0]);
+        assert_eq!(lookup.guess(&short, PRICE, 4), [0_u32; 0]);
         let long = [&passage[..], &[7], &passage[..10]].concat();
-        assert_eq!(lookup.guess(&long, Price::default(), 4), [110, 111, 112, 113]);
+        assert_eq!(lookup.guess(&long, PRICE, 4), [110, 111, 112, 113]);
     }
 }
