@@ -286,8 +286,9 @@ impl Guide {
     }
 }
 
-fn followed_no_further(problem: String) -> String {
-    format!("the grammar cannot be followed further: {problem}")
+fn followed_no_further(mut problem: String) -> String {
+    problem.insert_str(0, "the grammar cannot be followed further: ");
+    problem
 }
 
 fn first_line(text: &str) -> String {
