@@ -139,7 +139,7 @@ impl<const HAS: u8> Simd for Neon<HAS> {
     type B = [uint8x16_t; 4];
     // Thirty-two registers: four rows take sixteen sums of integers, beside weights and activations.
     const ROWS: usize = 4;
-    const SUMS: usize = 16;
+    const SUMS: usize = 4;
     const UNSIGNED: bool = false;
 
     #[inline(always)]

@@ -9,7 +9,7 @@
 //! dimensions, and nothing is summed across lanes. Values lie `[32, padded head_dim]`.
 
 pub(crate) use super::block::Numbers;
-use super::block::{Block, Lie, widen};
+use super::block::{Block, Lie, queries_at_once, widen};
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd, exp};
 use super::{Compute, Operation};
@@ -22,8 +22,8 @@ pub(crate) const SCALE_DIMS: usize = 32;
 const STRETCH_TOKENS: usize = 256;
 /// Rows of one sequence in a piece of work.
 const ROWS_PER_PIECE: usize = 16;
-/// Queries that share each read of keys and values.
-pub(super) const QUERIES: usize = 4;
+/// Queries that share each read of keys and values at most.
+pub(super) const QUERIES: usize = 8;
 
 /// A head's dimensions as they lie in memory.
 pub(crate) fn padded(head_dim: usize) -> usize {
@@ -321,7 +321,7 @@ impl Stretch<'_> {
             .first_position(run.position)
             .max(stretch * STRETCH_TOKENS);
         // Many queries: the numbers are widened once. Few: as they are read.
-        let few = run.rows * group <= QUERIES;
+        let few = run.rows * group <= queries_at_once::<S>();
         let mut rows = Vec::new();
         for block in begin / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS) {
             let start = block * BLOCK_TOKENS;
@@ -342,17 +342,17 @@ impl Stretch<'_> {
                 }
                 other => other,
             };
-            let next = if start + BLOCK_TOKENS < end && few {
+            let next = (few && start + BLOCK_TOKENS < end).then(|| {
                 let (keys, values) = self.cache.block(run.sequence, block + 1, self.piece.kv_head);
                 [keys.start(), values.start()]
-            } else {
-                // Here already: asking again costs nothing.
-                [keys.start(), values.start()]
-            };
+            });
             let mut first = 0;
             while first < run.rows * group {
                 let left = run.rows * group - first;
-                let count = [QUERIES, 3, 2, 1].into_iter().find(|&n| n <= left).unwrap_or(1);
+                let count = [QUERIES, 4, 3, 2, 1]
+                    .into_iter()
+                    .find(|&count| count <= left.min(queries_at_once::<S>()))
+                    .unwrap_or(1);
                 let queries = &queries[first * padded..(first + count) * padded];
                 let partials = &mut partials[first * numbers..(first + count) * numbers];
                 let mut bounds = [(0, 0); QUERIES];
@@ -375,7 +375,9 @@ impl Stretch<'_> {
                     1 => block.queries::<S, 1>(simd, queries, partials),
                     2 => block.queries::<S, 2>(simd, queries, partials),
                     3 => block.queries::<S, 3>(simd, queries, partials),
-                    _ => block.queries::<S, 4>(simd, queries, partials),
+                    4 => block.queries::<S, 4>(simd, queries, partials),
+                    _ if queries_at_once::<S>() < QUERIES => unreachable!("more queries than registers hold"),
+                    _ => block.queries::<S, QUERIES>(simd, queries, partials),
                 }
                 first += count;
             }

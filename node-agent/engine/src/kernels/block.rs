@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::attention::{BLOCK_TOKENS, QUERIES, SCALE_DIMS, padded, shrink};
+use super::attention::{BLOCK_TOKENS, QUERIES, SCALE_DIMS, padded};
 use super::simd::{LANES, Simd, exp};
 
 /// Numbers of the cache.
@@ -46,9 +46,15 @@ pub(super) struct Block<'a> {
     pub(super) values: Numbers<'a>,
     /// From and to, in tokens of the block.
     pub(super) bounds: [(usize, usize); QUERIES],
-    /// Where the next block's keys and values begin: they are asked for while this one is worked on, for a
-    /// lone row waits for memory otherwise.
-    pub(super) next: [*const u8; 2],
+    /// Where the next block's keys and values begin, if they are asked for while this one is worked on: a lone
+    /// row waits for memory otherwise.
+    pub(super) next: Option<[*const u8; 2]>,
+}
+
+/// Queries that share each read of keys and values at most: as many as sums of two vectors each fit the registers, or of
+/// one where registers are few.
+pub(super) const fn queries_at_once<S: Simd>() -> usize {
+    if S::SUMS >= 2 * QUERIES { QUERIES } else { 4 }
 }
 
 impl Numbers<'_> {
@@ -115,7 +121,7 @@ impl Numbers<'_> {
 }
 
 impl Block<'_> {
-    /// Adds the block to the results of `N` queries.
+    /// Adds the block to the results of `N` queries, at most [`queries_at_once`].
     #[inline(always)]
     pub(super) fn queries<S: Simd, const N: usize>(&self, simd: S, queries: &[f32], partials: &mut [f32]) {
         let (dim, padded) = (self.dim, padded(self.dim));
@@ -123,55 +129,81 @@ impl Block<'_> {
         assert!(queries.len() == N * padded && partials.len() == N * numbers);
         assert!(self.keys.len() >= dim * BLOCK_TOKENS && self.values.len() >= BLOCK_TOKENS * padded);
         assert!(self.keys.has_scales(dim) && self.values.has_scales(dim));
-        let mut scores = [[simd.splat(0.0); 2]; N];
-        let line = BLOCK_TOKENS * self.keys.width();
-        for d in 0..dim {
-            simd.prefetch(self.next[0].wrapping_add(d * line));
-            // SAFETY: the assertions above.
-            unsafe {
-                let keys = [
-                    self.keys.load(simd, d * BLOCK_TOKENS, Lie::Keys),
-                    self.keys.load(simd, d * BLOCK_TOKENS + LANES, Lie::Keys),
-                ];
-                for (query, scores) in scores.iter_mut().enumerate() {
-                    let x = simd.splat(*queries.as_ptr().add(query * padded + d));
-                    scores[0] = simd.fma(x, keys[0], scores[0]);
-                    scores[1] = simd.fma(x, keys[1], scores[1]);
-                }
-            }
-        }
         let mut weights = [[0.0_f32; BLOCK_TOKENS]; N];
-        let mut seen = 0;
-        for (query, (scores, weights)) in scores.iter().zip(&mut weights).enumerate() {
-            let (from, to) = self.bounds[query];
-            if from >= to {
-                continue;
-            }
-            seen = to.max(seen);
-            let partial = &mut partials[query * numbers..(query + 1) * numbers];
-            self.weigh(simd, *scores, (from, to), weights, partial);
+        if 2 * N <= S::SUMS {
+            self.scores::<S, N, 2>(simd, 0, queries, &mut weights);
+        } else {
+            self.scores::<S, N, 1>(simd, 0, queries, &mut weights);
+            self.scores::<S, N, 1>(simd, LANES, queries, &mut weights);
         }
+        let factors = self.weigh(simd, &mut weights, partials);
+        let seen = self.bounds[..N].iter().map(|(_, to)| *to).max().unwrap_or(0);
+        // Several vectors at once, so that additions do not wait for each other.
         let mut start = 0;
         while start < padded {
-            // Several vectors at once, so that additions do not wait for each other.
+            let place = (&weights, &factors, seen, start);
             if padded - start >= 4 * LANES && N * 4 <= S::SUMS {
-                self.sum_values::<S, N, 4>(simd, &weights, seen, start, partials);
+                self.sum_values::<S, N, 4>(simd, place, partials);
                 start += 4 * LANES;
+            } else if padded - start >= 2 * LANES && N * 2 <= S::SUMS {
+                self.sum_values::<S, N, 2>(simd, place, partials);
+                start += 2 * LANES;
             } else {
-                self.sum_values::<S, N, 1>(simd, &weights, seen, start, partials);
+                self.sum_values::<S, N, 1>(simd, place, partials);
                 start += LANES;
             }
         }
     }
 
-    /// Adds the weighted values of `seen` tokens to `D` vectors of each query's sums, from `start` on.
+    /// Scores of `H` times 16 tokens from `token` on.
+    #[inline(always)]
+    fn scores<S: Simd, const N: usize, const H: usize>(
+        &self,
+        simd: S,
+        token: usize,
+        queries: &[f32],
+        scores: &mut [[f32; BLOCK_TOKENS]; N],
+    ) {
+        let (dim, padded) = (self.dim, padded(self.dim));
+        assert!(token + H * LANES <= BLOCK_TOKENS && queries.len() == N * padded);
+        assert!(self.keys.len() >= dim * BLOCK_TOKENS && self.keys.has_scales(dim));
+        let mut sums = [[simd.splat(0.0); H]; N];
+        let line = BLOCK_TOKENS * self.keys.width();
+        for d in 0..dim {
+            if let Some([keys, _]) = self.next {
+                simd.prefetch(keys.wrapping_add(d * line));
+            }
+            // SAFETY: the assertions above.
+            unsafe {
+                let mut keys = [simd.splat(0.0); H];
+                for (half, keys) in keys.iter_mut().enumerate() {
+                    *keys = self
+                        .keys
+                        .load(simd, d * BLOCK_TOKENS + token + half * LANES, Lie::Keys);
+                }
+                for query in 0..N {
+                    let x = simd.splat(*queries.as_ptr().add(query * padded + d));
+                    for half in 0..H {
+                        sums[query][half] = simd.fma(x, keys[half], sums[query][half]);
+                    }
+                }
+            }
+        }
+        for (scores, sums) in scores.iter_mut().zip(sums) {
+            for (half, sums) in sums.into_iter().enumerate() {
+                // SAFETY: there are places for 32 tokens, these among them.
+                unsafe { simd.store(scores.as_mut_ptr().add(token + half * LANES), sums) }
+            }
+        }
+    }
+
+    /// Adds the weighted values of `seen` tokens to `D` vectors of each query's sums, from `start` on, which are
+    /// multiplied with the query's factor before.
     #[inline(always)]
     fn sum_values<S: Simd, const N: usize, const D: usize>(
         &self,
         simd: S,
-        weights: &[[f32; BLOCK_TOKENS]; N],
-        seen: usize,
-        start: usize,
+        (weights, factors, seen, start): (&[[f32; BLOCK_TOKENS]; N], &[f32; N], usize, usize),
         partials: &mut [f32],
     ) {
         let padded = padded(self.dim);
@@ -183,14 +215,17 @@ impl Block<'_> {
             let place = partials.as_mut_ptr().add(start);
             let mut sums = [[simd.splat(0.0); D]; N];
             for query in 0..N {
+                let factor = simd.splat(factors[query]);
                 for d in 0..D {
-                    sums[query][d] = simd.load(place.add(query * numbers + d * LANES));
+                    sums[query][d] = simd.mul(simd.load(place.add(query * numbers + d * LANES)), factor);
                 }
             }
             for token in 0..seen {
-                for line in 0..(D * LANES * self.values.width()).div_ceil(64) {
-                    let place = (token * padded + start) * self.values.width() + line * 64;
-                    simd.prefetch(self.next[1].wrapping_add(place));
+                if let Some([_, values]) = self.next {
+                    for line in 0..(D * LANES * self.values.width()).div_ceil(64) {
+                        let place = (token * padded + start) * self.values.width() + line * 64;
+                        simd.prefetch(values.wrapping_add(place));
+                    }
                 }
                 let mut value = [simd.splat(0.0); D];
                 for (d, value) in value.iter_mut().enumerate() {
@@ -212,42 +247,75 @@ impl Block<'_> {
         }
     }
 
-    /// Turns scores into weights, and brings what was summed before to the new largest score.
+    /// Turns scores into weights. Gives what each query's earlier sums have to be multiplied with, so that the largest
+    /// score weighs 1.
+    ///
+    /// One step after the other for all queries, so that none waits for its own step before.
     #[inline(always)]
-    fn weigh<S: Simd>(
+    fn weigh<S: Simd, const N: usize>(
         &self,
         simd: S,
-        scores: [S::F; 2],
-        (from, to): (usize, usize),
-        weights: &mut [f32; BLOCK_TOKENS],
-        partial: &mut [f32],
-    ) {
-        let padded = partial.len() - LANES;
-        let (low, high) = (weights.as_mut_ptr(), weights.as_mut_ptr().wrapping_add(LANES));
-        // SAFETY: `weights` has 32 places; `partial` has `padded` numbers, a multiple of 16, and 16 more.
-        unsafe {
-            simd.store(low, scores[0]);
-            simd.store(high, scores[1]);
-            weights[..from].fill(f32::NEG_INFINITY);
-            weights[to..].fill(f32::NEG_INFINITY);
-            let scores = [simd.load(low), simd.load(high)];
-            let before = partial[padded];
-            let most = before.max(simd.reduce_max(simd.max(scores[0], scores[1])));
-            if most > before && before > f32::NEG_INFINITY {
-                let factor = shrink(simd, before, most);
-                for start in (0..padded).step_by(LANES) {
-                    let place = partial.as_mut_ptr().add(start);
-                    simd.store(place, simd.mul(simd.load(place), simd.splat(factor)));
-                }
-                partial[padded + 1] *= factor;
+        scores: &mut [[f32; BLOCK_TOKENS]; N],
+        partials: &mut [f32],
+    ) -> [f32; N] {
+        const { assert!(N <= LANES) }
+        let padded = padded(self.dim);
+        let numbers = padded + LANES;
+        assert!(partials.len() == N * numbers);
+        let mut most = [0.0_f32; N];
+        // By how much the largest score grew, as an exponent.
+        let mut growth = [0.0_f32; LANES];
+        for (query, scores) in scores.iter_mut().enumerate() {
+            let (from, to) = self.bounds[query];
+            if (from, to) != (0, BLOCK_TOKENS) {
+                scores[..from].fill(f32::NEG_INFINITY);
+                scores[to.max(from)..].fill(f32::NEG_INFINITY);
             }
-            partial[padded] = most;
-            for (place, scores) in [low, high].into_iter().zip(scores) {
-                simd.store(place, exp(simd, simd.sub(scores, simd.splat(most))));
-            }
-            weights[..from].fill(0.0);
-            weights[to..].fill(0.0);
-            partial[padded + 1] += simd.reduce_add(simd.add(simd.load(low), simd.load(high)));
+            let before = partials[query * numbers + padded];
+            // SAFETY: there are 32 scores.
+            let largest = unsafe {
+                let halves = [simd.load(scores.as_ptr()), simd.load(scores.as_ptr().add(LANES))];
+                simd.reduce_max(simd.max(halves[0], halves[1]))
+            };
+            most[query] = before.max(largest);
+            growth[query] = before - most[query];
         }
+        let mut shrunk = [0.0_f32; LANES];
+        // SAFETY: both have 16 places.
+        unsafe { simd.store(shrunk.as_mut_ptr(), exp(simd, simd.load(growth.as_ptr()))) }
+        let mut factors = [1.0_f32; N];
+        for (query, scores) in scores.iter_mut().enumerate() {
+            let (from, to) = self.bounds[query];
+            if from >= to {
+                scores.fill(0.0);
+                continue;
+            }
+            let partial = &mut partials[query * numbers..(query + 1) * numbers];
+            if most[query] > partial[padded] {
+                factors[query] = shrunk[query];
+            }
+            let most = simd.splat(most[query]);
+            // SAFETY: there are 32 scores.
+            unsafe {
+                for half in 0..2 {
+                    let place = scores.as_mut_ptr().add(half * LANES);
+                    simd.store(place, exp(simd, simd.sub(simd.load(place), most)));
+                }
+                if (from, to) != (0, BLOCK_TOKENS) {
+                    scores[..from].fill(0.0);
+                    scores[to..].fill(0.0);
+                }
+                let halves = [simd.load(scores.as_ptr()), simd.load(scores.as_ptr().add(LANES))];
+                let sum = simd.reduce_add(simd.add(halves[0], halves[1]));
+                partial[padded + 1] = partial[padded + 1] * factors[query] + sum;
+            }
+        }
+        for (query, most) in most.into_iter().enumerate() {
+            let (from, to) = self.bounds[query];
+            if from < to {
+                partials[query * numbers + padded] = most;
+            }
+        }
+        factors
     }
 }

@@ -136,7 +136,7 @@ impl Simd for Portable {
     type I = [i32; LANES];
     type B = [u8; 64];
     const ROWS: usize = 4;
-    const SUMS: usize = 16;
+    const SUMS: usize = 4;
     const UNSIGNED: bool = true;
 
     #[inline(always)]

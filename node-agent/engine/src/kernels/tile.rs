@@ -520,7 +520,7 @@ unsafe fn float_group<S: Simd, W: FloatFormat>(
         // SAFETY: the caller's promise; each call takes no more rows than are left.
         unsafe {
             let (x, out) = (x.as_ptr().add(row * columns), out.add(row * LANES));
-            if rows - row >= 4 && S::SUMS >= 16 {
+            if rows - row >= 4 && S::SUMS >= 2 * 4 {
                 float_rows::<S, W, 4>(simd, tile.as_ptr(), x, columns, out);
                 row += 4;
             } else if rows - row >= 2 {

@@ -59,7 +59,7 @@ impl Simd for Avx512 {
     type I = __m512i;
     type B = __m512i;
     const ROWS: usize = 8;
-    const SUMS: usize = 32;
+    const SUMS: usize = 16;
     const UNSIGNED: bool = true;
 
     #[inline(always)]
@@ -305,7 +305,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     // Sixteen registers: four rows take eight sums of products, beside weights and activations. Sums of floats
     // wait in memory for the end of a block.
     const ROWS: usize = 4;
-    const SUMS: usize = 8;
+    const SUMS: usize = 4;
     const UNSIGNED: bool = VNNI;
 
     #[inline(always)]
