@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 use super::pool::SharedMut;
-use super::rows::{GROUP, Group, QuantizedRows, groups};
+use super::rows::{GROUP, Group, QuantizedRows};
 use super::simd::{LANES, Simd};
 use super::tile::multiply;
 use super::vector::{gelu, silu};
@@ -64,7 +64,7 @@ impl Compute {
             tiles.push((total, matrix, SharedMut::new(target.out)));
             total += matrix.tiles();
         }
-        let groups: Vec<Group> = groups(count).collect();
+        let groups: Vec<Group> = self.groups(count).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         self.pool.run(
             total * pieces.len(),
@@ -96,7 +96,7 @@ impl Compute {
         assert_eq!(out.len(), count * up.rows());
         let _ = rows.check(up);
         let out = SharedMut::new(out);
-        let groups: Vec<Group> = groups(count).collect();
+        let groups: Vec<Group> = self.groups(count).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         let total = up.tiles();
         self.pool.run(

@@ -17,8 +17,8 @@ pub(super) const SUMS: usize = 3;
 
 /// Rows, quantised: x = scale * q, with |q| <= 127.
 ///
-/// Rows lie in groups of 8, the rest in groups of 4, 2 and 1, interleaved, so that a product walks along one
-/// pointer for all rows of a group.
+/// Rows lie in groups of 8, the rest in groups that a product takes at once ([`groups`]), interleaved, so that it walks
+/// along one pointer for all rows of a group.
 #[derive(Debug, Default)]
 pub(crate) struct QuantizedRows {
     columns: usize,
@@ -51,16 +51,35 @@ pub(super) struct GroupView<'a> {
     pub(super) excess: &'a [i32],
 }
 
-/// Groups for so many rows.
-pub(super) fn groups(rows: usize) -> impl Iterator<Item = Group> {
+/// Groups for so many rows, where registers hold `at_once` of them: the full ones first.
+pub(super) fn groups(rows: usize, at_once: usize) -> impl Iterator<Item = Group> {
     let mut first_row = 0;
     std::iter::from_fn(move || {
         let left = rows - first_row;
-        let rows = [GROUP, 4, 2, 1].into_iter().find(|&size| size <= left)?;
+        let rows = if left >= GROUP { GROUP } else { left.min(at_once) };
         let group = Group { first_row, rows };
         first_row += rows;
-        Some(group)
+        (rows > 0).then_some(group)
     })
+}
+
+/// Rows that registers hold at once.
+struct AtOnce;
+
+impl Operation for AtOnce {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> usize {
+        S::ROWS
+    }
+}
+
+impl Compute {
+    /// Groups for so many rows.
+    pub(super) fn groups(&self, rows: usize) -> impl Iterator<Item = Group> {
+        groups(rows, self.dispatch.run(AtOnce))
+    }
 }
 
 impl QuantizedRows {
@@ -94,7 +113,7 @@ impl QuantizedRows {
         let rows = x.len() / columns;
         self.columns = columns;
         self.groups.clear();
-        self.groups.extend(groups(rows));
+        self.groups.extend(compute.groups(rows));
         self.values.resize(rows * columns / 4, [0; 4]);
         self.scales.resize(rows * columns / BLOCK, 0.0);
         self.sums.resize(rows * columns / BLOCK * SUMS, 0.0);

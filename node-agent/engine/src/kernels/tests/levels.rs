@@ -47,7 +47,7 @@ fn products_are_the_same_at_every_level_to_the_bit() {
     for dtype in QUANTIZED.into_iter().chain(FLOATS) {
         for (rows, columns) in [(37, 768), (64, 256)] {
             let (bytes, _) = weights(&mut rng, dtype, rows, columns);
-            for count in [1, 2, 5, 13, 40] {
+            for count in [1, 2, 3, 4, 5, 6, 7, 13, 40] {
                 let x = numbers(&mut rng, count * columns);
                 same_bits(&format!("{dtype:?} {rows}x{columns} x {count}"), |compute| {
                     let matrix = pack(compute, dtype, &bytes, [rows, columns]);
