@@ -18,16 +18,14 @@ const BLOCK_BYTES: usize = BLOCK * LANES;
 /// How many rows make a panel worth its while. Measured on Zen 3 with AVX2: at 8 rows it gains a fifth with numbers or
 /// scales that are hard to take apart, and loses a tenth with nibbles; at 16 it gains with both. Where eight rows fit
 /// the registers, nibbles are taken apart half as often: with AVX-512 on Emerald Rapids a panel loses a fifth with them,
-/// and nothing is won or lost with the others.
+/// whatever their scales, and nothing is won or lost with the others.
 pub(super) const fn least_rows<S: Simd, L: Layout>() -> usize {
-    if L::BITS == 8 {
+    if L::BITS == 8 || S::ROWS == GROUP && L::BITS == 4 {
         usize::MAX
     } else if L::ABOVE > 0 || L::FACTORS {
         2 * S::ROWS
-    } else if S::ROWS < GROUP {
-        4 * S::ROWS
     } else {
-        usize::MAX
+        4 * S::ROWS
     }
 }
 

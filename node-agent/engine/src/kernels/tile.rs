@@ -261,6 +261,17 @@ impl<S: Simd, const M: usize> Sums<S, M> {
     /// Whether each has two sums of products, so that it does not wait for its own last product: a lone row, and a few
     /// where there are registers for it. (Three and four rows of nibbles with AVX-512: a sixth faster.)
     const TWO: bool = M == 1 || M <= 4 && S::ROWS == GROUP;
+
+    /// Whether the compiler is kept from an order of its own in adding up products of numbers of so many bits. Measured:
+    /// where registers are few it spills four rows' sums; with AVX-512 it takes five to seven rows of nibbles one after the
+    /// other, each of which then waits for itself (a quarter slower), and is better let alone with the others.
+    const fn in_step(bits: usize) -> bool {
+        if S::ROWS == GROUP {
+            bits == 4 && M > 4 && M < GROUP
+        } else {
+            M == 4
+        }
+    }
 }
 
 /// Products of some quads of a block, summed up exactly.
@@ -298,7 +309,7 @@ unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize, 
                     };
                     *products = simd.dot(*products, weights, x);
                 }
-                if M == 4 {
+                if Sums::<S, M>::in_step(L::BITS) {
                     even = simd.in_step(even);
                 }
             }
@@ -346,7 +357,7 @@ unsafe fn products_of_bytes<S: Simd, const M: usize, const G: usize>(
                 };
                 *sum = simd.dot_bytes(*sum, weights, x);
             }
-            if M == 4 {
+            if Sums::<S, M>::in_step(8) {
                 even = simd.in_step(even);
             }
         }

@@ -193,6 +193,11 @@ impl Simd for Avx512 {
         8
     }
     #[inline(always)]
+    fn in_step<const M: usize>(self, mut sums: [__m512i; M]) -> [__m512i; M] {
+        unsafe { in_wide_registers(&mut sums) }
+        sums
+    }
+    #[inline(always)]
     fn settle(self, sum: __m512i, products: __m512i) -> __m512i {
         self.add_i32(sum, products)
     }
@@ -278,6 +283,33 @@ unsafe fn in_registers(x: &mut [[__m256i; 2]; 4]) {
             inout(ymm_reg) * h,
             options(pure, nomem, nostack, preserves_flags)
         );
+    }
+}
+
+/// As [`in_registers`], for five to seven sums.
+///
+/// # Safety
+/// The processor has AVX-512 F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn in_wide_registers<const M: usize>(x: &mut [__m512i; M]) {
+    macro_rules! all {
+        ($($i:literal)*) => {
+            // SAFETY: no instruction stands there; the caller's promise is for the registers.
+            unsafe {
+                asm!(
+                    concat!("/*", $(" {", $i, "}",)* " */"),
+                    $(inout(zmm_reg) x[$i],)*
+                    options(pure, nomem, nostack, preserves_flags)
+                )
+            }
+        };
+    }
+    match M {
+        5 => all!(0 1 2 3 4),
+        6 => all!(0 1 2 3 4 5),
+        7 => all!(0 1 2 3 4 5 6),
+        _ => {}
     }
 }
 
