@@ -240,7 +240,7 @@ impl Operation for Join<'_> {
 
 /// e^(from - to).
 #[inline(always)]
-pub(super) fn shrink<S: Simd>(simd: S, from: f32, to: f32) -> f32 {
+fn shrink<S: Simd>(simd: S, from: f32, to: f32) -> f32 {
     let mut lanes = [0.0; LANES];
     // SAFETY: `lanes` has 16 places.
     unsafe { simd.store(lanes.as_mut_ptr(), exp(simd, simd.splat(from - to))) }
@@ -369,13 +369,14 @@ impl Stretch<'_> {
                     keys,
                     values,
                     bounds,
-                    next,
+                    next: next.filter(|_| first == 0),
                 };
                 match count {
                     1 => block.queries::<S, 1>(simd, queries, partials),
                     2 => block.queries::<S, 2>(simd, queries, partials),
                     3 => block.queries::<S, 3>(simd, queries, partials),
                     4 => block.queries::<S, 4>(simd, queries, partials),
+                    // So that eight are not compiled where registers do not hold them.
                     _ if queries_at_once::<S>() < QUERIES => unreachable!("more queries than registers hold"),
                     _ => block.queries::<S, QUERIES>(simd, queries, partials),
                 }

@@ -129,6 +129,15 @@ impl Block<'_> {
         assert!(queries.len() == N * padded && partials.len() == N * numbers);
         assert!(self.keys.len() >= dim * BLOCK_TOKENS && self.values.len() >= BLOCK_TOKENS * padded);
         assert!(self.keys.has_scales(dim) && self.values.has_scales(dim));
+        let seen = self.bounds[..N]
+            .iter()
+            .filter(|(from, to)| from < to)
+            .map(|(_, to)| *to)
+            .max();
+        let Some(seen) = seen else {
+            // Before all their windows, or behind all of them.
+            return;
+        };
         let mut weights = [[0.0_f32; BLOCK_TOKENS]; N];
         if 2 * N <= S::SUMS {
             self.scores::<S, N, 2>(simd, 0, queries, &mut weights);
@@ -137,19 +146,18 @@ impl Block<'_> {
             self.scores::<S, N, 1>(simd, LANES, queries, &mut weights);
         }
         let factors = self.weigh(simd, &mut weights, partials);
-        let seen = self.bounds[..N].iter().map(|(_, to)| *to).max().unwrap_or(0);
         // Several vectors at once, so that additions do not wait for each other.
         let mut start = 0;
         while start < padded {
-            let place = (&weights, &factors, seen, start);
+            let what = (&weights, &factors, seen, start);
             if padded - start >= 4 * LANES && N * 4 <= S::SUMS {
-                self.sum_values::<S, N, 4>(simd, place, partials);
+                self.sum_values::<S, N, 4>(simd, what, partials);
                 start += 4 * LANES;
             } else if padded - start >= 2 * LANES && N * 2 <= S::SUMS {
-                self.sum_values::<S, N, 2>(simd, place, partials);
+                self.sum_values::<S, N, 2>(simd, what, partials);
                 start += 2 * LANES;
             } else {
-                self.sum_values::<S, N, 1>(simd, place, partials);
+                self.sum_values::<S, N, 1>(simd, what, partials);
                 start += LANES;
             }
         }
@@ -170,7 +178,9 @@ impl Block<'_> {
         let mut sums = [[simd.splat(0.0); H]; N];
         let line = BLOCK_TOKENS * self.keys.width();
         for d in 0..dim {
-            if let Some([keys, _]) = self.next {
+            if let Some([keys, _]) = self.next
+                && token == 0
+            {
                 simd.prefetch(keys.wrapping_add(d * line));
             }
             // SAFETY: the assertions above.
@@ -209,7 +219,7 @@ impl Block<'_> {
         let padded = padded(self.dim);
         let numbers = padded + LANES;
         assert!(start + D * LANES <= padded && partials.len() == N * numbers && seen <= BLOCK_TOKENS);
-        assert!(self.values.len() >= BLOCK_TOKENS * padded);
+        assert!(self.values.len() >= BLOCK_TOKENS * padded && self.values.has_scales(self.dim));
         // SAFETY: the assertions; what is read of `values` below `seen` was written before.
         unsafe {
             let place = partials.as_mut_ptr().add(start);
@@ -263,8 +273,8 @@ impl Block<'_> {
         let numbers = padded + LANES;
         assert!(partials.len() == N * numbers);
         let mut most = [0.0_f32; N];
-        // By how much the largest score grew, as an exponent.
-        let mut growth = [0.0_f32; LANES];
+        // What earlier sums are multiplied with is a power of e.
+        let mut exponents = [0.0_f32; LANES];
         for (query, scores) in scores.iter_mut().enumerate() {
             let (from, to) = self.bounds[query];
             if (from, to) != (0, BLOCK_TOKENS) {
@@ -278,11 +288,11 @@ impl Block<'_> {
                 simd.reduce_max(simd.max(halves[0], halves[1]))
             };
             most[query] = before.max(largest);
-            growth[query] = before - most[query];
+            exponents[query] = before - most[query];
         }
-        let mut shrunk = [0.0_f32; LANES];
+        let mut powers = [0.0_f32; LANES];
         // SAFETY: both have 16 places.
-        unsafe { simd.store(shrunk.as_mut_ptr(), exp(simd, simd.load(growth.as_ptr()))) }
+        unsafe { simd.store(powers.as_mut_ptr(), exp(simd, simd.load(exponents.as_ptr()))) }
         let mut factors = [1.0_f32; N];
         for (query, scores) in scores.iter_mut().enumerate() {
             let (from, to) = self.bounds[query];
@@ -292,7 +302,8 @@ impl Block<'_> {
             }
             let partial = &mut partials[query * numbers..(query + 1) * numbers];
             if most[query] > partial[padded] {
-                factors[query] = shrunk[query];
+                factors[query] = powers[query];
+                partial[padded] = most[query];
             }
             let most = simd.splat(most[query]);
             // SAFETY: there are 32 scores.
@@ -308,12 +319,6 @@ impl Block<'_> {
                 let halves = [simd.load(scores.as_ptr()), simd.load(scores.as_ptr().add(LANES))];
                 let sum = simd.reduce_add(simd.add(halves[0], halves[1]));
                 partial[padded + 1] = partial[padded + 1] * factors[query] + sum;
-            }
-        }
-        for (query, most) in most.into_iter().enumerate() {
-            let (from, to) = self.bounds[query];
-            if from < to {
-                partials[query * numbers + padded] = most;
             }
         }
         factors

@@ -59,7 +59,7 @@ impl Compute {
         let mut count = 0;
         for target in targets.iter_mut() {
             let matrix = target.matrix;
-            count = rows.check(matrix);
+            count = rows.check(self, matrix);
             assert_eq!(target.out.len(), count * matrix.rows());
             tiles.push((total, matrix, SharedMut::new(target.out)));
             total += matrix.tiles();
@@ -91,10 +91,10 @@ impl Compute {
     /// # Panics
     /// When shapes do not fit.
     pub(crate) fn gated(&self, rows: Rows<'_>, gate: (&Matrix, Gate), up: &Matrix, out: &mut [f32]) {
-        let count = rows.check(gate.0);
+        let count = rows.check(self, gate.0);
         assert_eq!((gate.0.rows(), gate.0.columns()), (up.rows(), up.columns()));
         assert_eq!(out.len(), count * up.rows());
-        let _ = rows.check(up);
+        let _ = rows.check(self, up);
         let out = SharedMut::new(out);
         let groups: Vec<Group> = self.groups(count).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
@@ -132,14 +132,13 @@ fn grain(units: usize, threads: usize) -> usize {
 }
 
 impl Rows<'_> {
-    /// Checks that they fit a matrix. Gives the number of rows.
-    fn check(&self, matrix: &Matrix) -> usize {
+    /// Checks that they fit a matrix and lie as this level wants them. Gives the number of rows.
+    fn check(&self, compute: &Compute, matrix: &Matrix) -> usize {
         assert!(matrix.columns() > 0 && self.floats.len().is_multiple_of(matrix.columns()));
         let count = self.floats.len() / matrix.columns();
         if matrix.is_quantized() {
             assert_eq!(self.quantized.columns(), matrix.columns());
-            let quantized = self.quantized.groups();
-            assert_eq!(quantized.iter().map(|group| group.rows).sum::<usize>(), count);
+            assert!(self.quantized.groups().iter().copied().eq(compute.groups(count)));
         }
         count
     }

@@ -17,8 +17,8 @@ pub(super) const SUMS: usize = 3;
 
 /// Rows, quantised: x = scale * q, with |q| <= 127.
 ///
-/// Rows lie in groups of 8, the rest in groups that a product takes at once ([`groups`]), interleaved, so that it walks
-/// along one pointer for all rows of a group.
+/// Rows lie in groups of 8, the rest in groups that a product takes at once ([`Compute::groups`]), interleaved, so that it
+/// walks along one pointer for all rows of a group. How they lie depends on the level: products are for the same one.
 #[derive(Debug, Default)]
 pub(crate) struct QuantizedRows {
     columns: usize,
@@ -51,18 +51,6 @@ pub(super) struct GroupView<'a> {
     pub(super) excess: &'a [i32],
 }
 
-/// Groups for so many rows, where registers hold `at_once` of them: the full ones first.
-pub(super) fn groups(rows: usize, at_once: usize) -> impl Iterator<Item = Group> {
-    let mut first_row = 0;
-    std::iter::from_fn(move || {
-        let left = rows - first_row;
-        let rows = if left >= GROUP { GROUP } else { left.min(at_once) };
-        let group = Group { first_row, rows };
-        first_row += rows;
-        (rows > 0).then_some(group)
-    })
-}
-
 /// Rows that registers hold at once.
 struct AtOnce;
 
@@ -76,9 +64,17 @@ impl Operation for AtOnce {
 }
 
 impl Compute {
-    /// Groups for so many rows.
+    /// Groups for so many rows: the full ones first, then as many rows as registers hold at once.
     pub(super) fn groups(&self, rows: usize) -> impl Iterator<Item = Group> {
-        groups(rows, self.dispatch.run(AtOnce))
+        let at_once = self.dispatch.run(AtOnce);
+        let mut first_row = 0;
+        std::iter::from_fn(move || {
+            let left = rows - first_row;
+            let rows = if left >= GROUP { GROUP } else { left.min(at_once) };
+            let group = Group { first_row, rows };
+            first_row += rows;
+            (rows > 0).then_some(group)
+        })
     }
 }
 

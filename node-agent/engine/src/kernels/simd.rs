@@ -20,7 +20,8 @@ pub(crate) trait Simd: Copy {
     type B: Copy;
     /// Rows of activations that a product holds in registers at once.
     const ROWS: usize;
-    /// Vectors of sums of floats that registers hold at once, beside what is added to them.
+    /// Vectors of sums of floats that are worked on at once: as many as keep additions from waiting for each other, and no
+    /// more than registers hold beside what is added to them.
     const SUMS: usize;
     /// Whether [`Simd::dot_bytes`] multiplies bytes as they are; otherwise 128 is taken off each.
     const UNSIGNED: bool;
@@ -136,7 +137,7 @@ impl Simd for Portable {
     type I = [i32; LANES];
     type B = [u8; 64];
     const ROWS: usize = 4;
-    const SUMS: usize = 4;
+    const SUMS: usize = 8;
     const UNSIGNED: bool = true;
 
     #[inline(always)]

@@ -236,7 +236,7 @@ fn extreme_numbers_do_not_overflow() {
             let mut values = vec![0.0; columns];
             matrix.row(0, &mut values);
             for sign in [1.0, -1.0] {
-                for count in [1, 16] {
+                for count in [1, 3, 7, 16] {
                     let x: Vec<f32> = extreme.iter().map(|x| sign * x).collect();
                     let x = x.repeat(count);
                     let mut out = vec![0.0; count];
@@ -400,7 +400,7 @@ impl Cache for TestCache {
 #[test]
 fn attention_equals_plain_arithmetic_and_no_row_knows_the_others() {
     let mut rng = StdRng::seed_from_u64(9);
-    for (heads, kv_heads, head_dim) in [(3, 3, 8), (6, 2, 64), (4, 1, 80)] {
+    for (heads, kv_heads, head_dim) in [(3, 3, 8), (2, 1, 16), (6, 2, 64), (4, 1, 80), (7, 1, 32)] {
         for window in [None, Some(70)] {
             let tokens = 1100;
             let (keys, values) = (

@@ -255,9 +255,9 @@ pub(super) unsafe fn add_block<S: Simd, L: Layout, const M: usize, const G: usiz
 }
 
 /// How `M` rows are summed up.
-struct Sums<S, const M: usize>(PhantomData<S>);
+struct SummedUp<S, const M: usize>(PhantomData<S>);
 
-impl<S: Simd, const M: usize> Sums<S, M> {
+impl<S: Simd, const M: usize> SummedUp<S, M> {
     /// Whether each has two sums of products, so that it does not wait for its own last product: a lone row, and a few
     /// where there are registers for it. (Three and four rows of nibbles with AVX-512: a sixth faster.)
     const TWO: bool = M == 1 || M <= 4 && S::ROWS == GROUP;
@@ -302,21 +302,21 @@ unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize, 
                 };
                 for row in 0..M {
                     let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
-                    let products = if Sums::<S, M>::TWO && quad % 2 == 1 {
+                    let products = if SummedUp::<S, M>::TWO && quad % 2 == 1 {
                         &mut odd[row]
                     } else {
                         &mut even[row]
                     };
                     *products = simd.dot(*products, weights, x);
                 }
-                if Sums::<S, M>::in_step(L::BITS) {
+                if SummedUp::<S, M>::in_step(L::BITS) {
                     even = simd.in_step(even);
                 }
             }
         }
         for row in 0..M {
             sums[row] = simd.settle(sums[row], even[row]);
-            if Sums::<S, M>::TWO {
+            if SummedUp::<S, M>::TWO {
                 sums[row] = simd.settle(sums[row], odd[row]);
             }
         }
@@ -350,19 +350,19 @@ unsafe fn products_of_bytes<S: Simd, const M: usize, const G: usize>(
             let weights = simd.load_bytes(numbers.add(quad * 64));
             for row in 0..M {
                 let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
-                let sum = if Sums::<S, M>::TWO && quad % 2 == 1 {
+                let sum = if SummedUp::<S, M>::TWO && quad % 2 == 1 {
                     &mut odd[row]
                 } else {
                     &mut even[row]
                 };
                 *sum = simd.dot_bytes(*sum, weights, x);
             }
-            if Sums::<S, M>::in_step(8) {
+            if SummedUp::<S, M>::in_step(8) {
                 even = simd.in_step(even);
             }
         }
     }
-    if Sums::<S, M>::TWO {
+    if SummedUp::<S, M>::TWO {
         for (even, odd) in even.iter_mut().zip(odd) {
             *even = simd.add_i32(*even, odd);
         }
@@ -526,7 +526,7 @@ impl FloatFormat for BrainFloat {
     }
 }
 
-/// Rows of floats, four at a time.
+/// Rows of floats, four at a time where registers hold their sums, else two.
 ///
 /// # Safety
 /// `tile` holds 16 numbers for each column; `out` has room for 16 numbers for each row of `x`.
