@@ -259,7 +259,7 @@ struct SummedUp<S, const M: usize>(PhantomData<S>);
 
 impl<S: Simd, const M: usize> SummedUp<S, M> {
     /// Whether each has two sums of products, so that it does not wait for its own last product: a lone row, and a few
-    /// where there are registers for it. (Three and four rows of nibbles with AVX-512: a sixth faster.)
+    /// where there are registers for it. (Two and four rows of nibbles with AVX-512: about a tenth faster.)
     const TWO: bool = M == 1 || M <= 4 && S::ROWS == GROUP;
 
     /// Whether the compiler is kept from an order of its own in adding up products of numbers of so many bits. Measured:
