@@ -8,14 +8,14 @@
 
 use std::arch::aarch64::{
     float32x4_t, int8x16_t, int32x4_t, uint8x16_t, uint16x4_t, vabsq_f32, vadd_f32, vaddq_f32, vaddq_s32,
-    vaddvq_s32, vandq_s32, vandq_u8, vbslq_f32, vcgtq_f32, vcltq_f32, vcombine_s8, vcombine_s16,
-    vcvtnq_s32_f32, vcvtq_f32_s32, vdivq_f32, vdupq_n_f32, vdupq_n_s8, vdupq_n_s32, vdupq_n_u8, veorq_u8,
-    vfmaq_f32, vget_high_f32, vget_high_s8, vget_high_s16, vget_lane_f32, vget_low_f32, vget_low_s8,
-    vget_low_s16, vld1_s8, vld1_u16, vld1q_f32, vld1q_s32, vld1q_u8, vmaxnmq_f32, vmaxnmvq_f32, vmovl_s8,
-    vmovl_s16, vmovl_u16, vmull_s8, vmulq_f32, vorrq_s32, vorrq_u8, vpaddlq_s16, vpaddq_s32, vqmovn_s16,
-    vqmovn_s32, vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s8_s32, vreinterpretq_s8_u8,
+    vandq_s32, vandq_u8, vbslq_f32, vcgtq_f32, vcltq_f32, vcombine_s8, vcombine_s16, vcvtnq_s32_f32,
+    vcvtq_f32_s32, vdivq_f32, vdupq_n_f32, vdupq_n_s8, vdupq_n_s32, vdupq_n_u8, veorq_u8, vfmaq_f32,
+    vget_high_f32, vget_high_s8, vget_high_s16, vget_lane_f32, vget_low_f32, vget_low_s8, vget_low_s16,
+    vld1_s8, vld1_u16, vld1q_f32, vld1q_s32, vld1q_u8, vmaxnmq_f32, vmaxnmvq_f32, vmovl_s8, vmovl_s16,
+    vmovl_u16, vmull_s8, vmulq_f32, vorrq_s32, vorrq_u8, vpaddlq_s16, vpaddq_s32, vqmovn_s16, vqmovn_s32,
+    vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s8_s32, vreinterpretq_s8_u8,
     vreinterpretq_s32_u32, vreinterpretq_u32_s32, vshlq_n_s32, vshlq_n_u32, vshlq_u8, vshlq_u32, vshrq_n_u8,
-    vst1q_f32, vst1q_s8, vst1q_u8, vsubq_f32,
+    vst1q_f32, vst1q_s8, vst1q_s32, vst1q_u8, vsubq_f32,
 };
 use std::arch::asm;
 
@@ -244,6 +244,10 @@ impl<const HAS: u8> Simd for Neon<HAS> {
         quarters!(|i| vld1q_s32(from.add(4 * i)))
     }
     #[inline(always)]
+    unsafe fn store_i32(self, to: *mut i32, x: Self::I) {
+        let _ = quarters!(|i| vst1q_s32(to.add(4 * i), x[i]));
+    }
+    #[inline(always)]
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
         quarters!(|i| vaddq_s32(a[i], b[i]))
     }
@@ -269,10 +273,6 @@ impl<const HAS: u8> Simd for Neon<HAS> {
             let by = vdupq_n_s32(bits.cast_signed());
             vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a[i]), by))
         })
-    }
-    #[inline(always)]
-    fn reduce_add_i32(self, a: Self::I) -> i32 {
-        unsafe { vaddvq_s32(vaddq_s32(vaddq_s32(a[0], a[1]), vaddq_s32(a[2], a[3]))) }
     }
     #[inline(always)]
     unsafe fn store_i8(self, to: *mut i8, x: Self::I) {

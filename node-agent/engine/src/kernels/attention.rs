@@ -68,6 +68,14 @@ struct Piece {
     partial: Option<usize>,
 }
 
+impl Piece {
+    /// The first block that its rows see.
+    fn first_block(&self, attention: &Attention) -> usize {
+        let begin = self.stretches.0 * STRETCH_TOKENS;
+        begin.max(attention.first_position(self.run.position)) / BLOCK_TOKENS
+    }
+}
+
 impl Attention {
     fn group(&self) -> usize {
         self.heads / self.kv_heads
@@ -152,6 +160,7 @@ impl Compute {
                 cache,
                 queries,
                 piece: pieces[index],
+                after: pieces.get(index + 1).copied(),
                 out: shared_out,
                 partials: partial_out,
             });
@@ -253,6 +262,8 @@ struct Stretch<'a> {
     cache: &'a dyn Cache,
     queries: &'a [f32],
     piece: Piece,
+    /// What this thread will most likely work on next.
+    after: Option<Piece>,
     out: SharedMut<f32>,
     partials: SharedMut<f32>,
 }
@@ -276,8 +287,8 @@ impl Operation for Stretch<'_> {
             }
         }
         let mut total = vec![0.0_f32; count * numbers];
-        let mut part = vec![0.0_f32; count * numbers];
         let (first, last) = self.piece.stretches;
+        let mut part = vec![0.0_f32; if first < last { count * numbers } else { 0 }];
         for stretch in first..=last {
             let to = if stretch == first { &mut total } else { &mut part };
             to.chunks_exact_mut(numbers).for_each(|numbers| {
@@ -342,8 +353,14 @@ impl Stretch<'_> {
                 }
                 other => other,
             };
-            let next = (few && start + BLOCK_TOKENS < end).then(|| {
-                let (keys, values) = self.cache.block(run.sequence, block + 1, self.piece.kv_head);
+            let next = if start + BLOCK_TOKENS < run.position + run.rows {
+                Some((run.sequence, block + 1, self.piece.kv_head))
+            } else {
+                let after = self.after;
+                after.map(|after| (after.run.sequence, after.first_block(attention), after.kv_head))
+            };
+            let next = next.filter(|_| few).map(|(sequence, block, kv_head)| {
+                let (keys, values) = self.cache.block(sequence, block, kv_head);
                 [keys.start(), values.start()]
             });
             let mut first = 0;

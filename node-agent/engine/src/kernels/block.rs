@@ -176,12 +176,17 @@ impl Block<'_> {
         assert!(token + H * LANES <= BLOCK_TOKENS && queries.len() == N * padded);
         assert!(self.keys.len() >= dim * BLOCK_TOKENS && self.keys.has_scales(dim));
         let mut sums = [[simd.splat(0.0); H]; N];
-        let line = BLOCK_TOKENS * self.keys.width();
+        // Bytes of the next block that are asked for with each dimension, in lines of 64.
+        let share = BLOCK_TOKENS * self.keys.width();
         for d in 0..dim {
-            if let Some([keys, _]) = self.next
+            if let Some([keys, values]) = self.next
                 && token == 0
+                && (d * share).is_multiple_of(64)
             {
-                simd.prefetch(keys.wrapping_add(d * line));
+                for line in (0..share).step_by(64) {
+                    simd.prefetch(keys.wrapping_add(d * share + line));
+                    simd.prefetch(values.wrapping_add(d * share + line));
+                }
             }
             // SAFETY: the assertions above.
             unsafe {
@@ -231,12 +236,6 @@ impl Block<'_> {
                 }
             }
             for token in 0..seen {
-                if let Some([_, values]) = self.next {
-                    for line in 0..(D * LANES * self.values.width()).div_ceil(64) {
-                        let place = (token * padded + start) * self.values.width() + line * 64;
-                        simd.prefetch(values.wrapping_add(place));
-                    }
-                }
                 let mut value = [simd.splat(0.0); D];
                 for (d, value) in value.iter_mut().enumerate() {
                     let index = token * padded + start + d * LANES;

@@ -7,6 +7,7 @@
 //! rows.rs      activations as 8-bit integers with scales
 //! product.rs   tiles x rows, ragged batches of any height   ┐
 //! tile.rs      one tile x some rows: the innermost loops    │
+//! floats.rs    the same for weights that are not quantised  │
 //! panel.rs     a few blocks, taken apart for many rows      │
 //! attention.rs softmax(q k) v over the paged cache          ├─ written once over simd.rs
 //! block.rs     one block of the cache x some queries        │
@@ -32,6 +33,7 @@ pub(crate) mod attention;
 mod block;
 mod cores;
 pub(crate) mod encode;
+mod floats;
 mod memory;
 mod panel;
 pub(crate) mod pool;

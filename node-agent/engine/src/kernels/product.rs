@@ -42,7 +42,8 @@ pub(crate) struct Target<'a> {
 /// The rows to multiply, in the forms that the matrices of one product ask for.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
-    /// `[rows, columns]`.
+    /// `[rows, columns]`. Where all matrices are quantised only their number counts: a norm may be in the quantised ones
+    /// alone.
     pub(crate) floats: &'a [f32],
     /// The same, quantised; not looked at by matrices of floats.
     pub(crate) quantized: &'a QuantizedRows,

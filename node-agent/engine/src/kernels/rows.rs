@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd};
+use super::vector::Norm;
 use super::{Compute, Operation};
 
 /// Numbers that share a scale, in weights and in activations.
@@ -99,12 +100,12 @@ impl QuantizedRows {
         }
     }
 
-    /// Quantises `[rows, columns]` numbers. A row with a number that is not finite gets scales that are
-    /// not either: nothing hides a broken model.
+    /// Quantises `[rows, columns]` numbers, normalised first where there is a norm. A row with a number that is not finite
+    /// gets scales that are not either: nothing hides a broken model.
     ///
     /// # Panics
-    /// When the columns are no multiple of 32, or do not divide the numbers.
-    pub(crate) fn set(&mut self, compute: &Compute, x: &[f32], columns: usize) {
+    /// When the columns are no multiple of 32, or do not divide the numbers, or the norm has another size.
+    pub(crate) fn set(&mut self, compute: &Compute, x: &[f32], columns: usize, norm: Option<Norm<'_>>) {
         assert!(columns > 0 && columns.is_multiple_of(BLOCK) && x.len().is_multiple_of(columns));
         let rows = x.len() / columns;
         self.columns = columns;
@@ -135,18 +136,15 @@ impl QuantizedRows {
                     excess.slice(range(columns / BLOCK)),
                 )
             };
-            for row in 0..group.rows {
-                let start = (group.first_row + row) * columns;
-                compute.dispatch.run(Quantize {
-                    x: &x[start..start + columns],
-                    row,
-                    rows: group.rows,
-                    values,
-                    scales,
-                    sums,
-                    excess,
-                });
-            }
+            compute.dispatch.run(Quantize {
+                x: &x[range(columns)],
+                rows: group.rows,
+                norm,
+                values,
+                scales,
+                sums,
+                excess,
+            });
         };
         // A few thousand numbers are done before another thread has heard of them.
         let grain = (8192 / (columns * GROUP)).max(1);
@@ -154,11 +152,12 @@ impl QuantizedRows {
     }
 }
 
-/// One row of a group.
+/// The rows of a group.
 struct Quantize<'a> {
+    /// `[rows, columns]`.
     x: &'a [f32],
-    row: usize,
     rows: usize,
+    norm: Option<Norm<'a>>,
     values: &'a mut [[i8; 4]],
     scales: &'a mut [f32],
     sums: &'a mut [f32],
@@ -170,44 +169,171 @@ impl Operation for Quantize<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        match self.rows {
+            1 => self.group::<S, 1>(simd),
+            2 => self.group::<S, 2>(simd),
+            3 => self.group::<S, 3>(simd),
+            4 => self.group::<S, 4>(simd),
+            5 => self.group::<S, 5>(simd),
+            6 => self.group::<S, 6>(simd),
+            7 => self.group::<S, 7>(simd),
+            _ => self.group::<S, GROUP>(simd),
+        }
+    }
+}
+
+/// A block whose largest number is below this is multiplied as if that were it: 127 through less is infinite.
+const TINY: f32 = 3.75e-37;
+
+/// Numbers of a block of a group, one of each row; what lies behind the last row is of no account.
+type OfRows<T> = [T; LANES];
+
+impl Quantize<'_> {
+    #[inline(always)]
+    fn group<S: Simd, const R: usize>(self, simd: S) {
+        let columns = self.x.len() / R;
+        let blocks = columns / BLOCK;
+        assert!(self.x.len() == R * blocks * BLOCK);
+        assert!(self.values.len() == blocks * QUADS * R && self.scales.len() == blocks * R);
+        assert!(self.sums.len() == blocks * SUMS * R && self.excess.len() == blocks * R);
+        let mut norms = [1.0_f32; R];
+        if let Some(norm) = self.norm {
+            assert!(norm.weight.len() == columns);
+            for (row, x) in self.x.chunks_exact(columns).enumerate() {
+                norms[row] = norm.factor(simd, x);
+            }
+        }
         let zero = simd.splat(0.0);
-        let mut suspicion = zero;
-        for (block, x) in self.x.chunks_exact(BLOCK).enumerate() {
-            // SAFETY: `x` has 32 numbers.
-            let (a, b) = unsafe { (simd.load(x.as_ptr()), simd.load(x.as_ptr().add(LANES))) };
-            // Infinity times zero is not a number, and neither is anything added to that.
-            suspicion = simd.fma(a, zero, simd.fma(b, zero, suspicion));
-            let most = simd.reduce_max(simd.max(simd.abs(a), simd.abs(b)));
-            let scale = most / 127.0;
-            let inverse = simd.splat(if most > 0.0 { 127.0 / most } else { 0.0 });
-            let (a, b) = (simd.round(simd.mul(a, inverse)), simd.round(simd.mul(b, inverse)));
-            let mut values = [[0_i8; 4]; QUADS];
-            let to = values.as_mut_ptr().cast::<i8>();
-            // SAFETY: `values` has 32 places, and the products above are at most 127.
+        let mut suspicion = [zero; R];
+        let mut quads = Quads::new();
+        // Divided and summed up for all rows at once.
+        for block in 0..blocks {
+            let mut numbers = [[zero; 2]; R];
+            let mut most: OfRows<f32> = [0.0; LANES];
+            for row in 0..R {
+                // SAFETY: row and block are below what was asserted of `x`, and a norm's weights are as many as columns.
+                let (mut a, mut b) = unsafe {
+                    let x = self.x.as_ptr().add(row * columns + block * BLOCK);
+                    (simd.load(x), simd.load(x.add(LANES)))
+                };
+                if let Some(norm) = self.norm {
+                    let factor = simd.splat(norms[row]);
+                    // SAFETY: as above.
+                    unsafe {
+                        let weight = norm.weight.as_ptr().add(block * BLOCK);
+                        a = simd.mul(simd.mul(a, factor), simd.load(weight));
+                        b = simd.mul(simd.mul(b, factor), simd.load(weight.add(LANES)));
+                    }
+                }
+                // Infinity times zero is not a number, and neither is anything added to that.
+                suspicion[row] = simd.fma(a, zero, simd.fma(b, zero, suspicion[row]));
+                most[row] = simd.reduce_max(simd.max(simd.abs(a), simd.abs(b)));
+                numbers[row] = [a, b];
+            }
+            let mut inverse: OfRows<f32> = [0.0; LANES];
+            // SAFETY: there are 16 of each.
+            let scales = unsafe {
+                let most = simd.load(most.as_ptr());
+                let inverses = simd.div(simd.splat(127.0), simd.max(most, simd.splat(TINY)));
+                simd.store(inverse.as_mut_ptr(), inverses);
+                simd.div(most, simd.splat(127.0))
+            };
+            for row in 0..R {
+                let inverse = simd.splat(inverse[row]);
+                let [a, b] = numbers[row];
+                let mut values = [0_i32; QUADS];
+                let to = values.as_mut_ptr().cast::<i8>();
+                // SAFETY: `values` has 32 places of a byte. Products are at most 127, or of no account: their row's scales will
+                // be no numbers.
+                unsafe {
+                    simd.store_i8(to, simd.round(simd.mul(a, inverse)));
+                    simd.store_i8(to.add(LANES), simd.round(simd.mul(b, inverse)));
+                }
+                for (quad, value) in values.into_iter().enumerate() {
+                    quads.values[quad * R + row] = value;
+                }
+            }
+            let [first, second] = quads.sum_up::<S, R>(simd);
+            let both = simd.add_i32(first, second);
+            let excess = simd.round(simd.mul(simd.to_float(both), simd.splat(-128.0)));
+            let place = block * R;
+            // SAFETY: the asserted lengths; four bytes are four values.
             unsafe {
-                simd.store_i8(to, a);
-                simd.store_i8(to.add(LANES), b);
-            }
-            let places = self.values[block * QUADS * self.rows..][..QUADS * self.rows]
-                .iter_mut()
-                .skip(self.row)
-                .step_by(self.rows);
-            for (place, quad) in places.zip(values) {
-                *place = quad;
-            }
-            let (first, second) = (simd.reduce_add_i32(a), simd.reduce_add_i32(b));
-            self.scales[block * self.rows + self.row] = scale;
-            self.excess[block * self.rows + self.row] = -128 * (first + second);
-            for (index, sum) in [first, second, first + second].into_iter().enumerate() {
-                self.sums[(block * SUMS + index) * self.rows + self.row] = scale * sum as f32;
+                let to = self.values.as_mut_ptr().add(place * QUADS);
+                std::ptr::copy_nonoverlapping(quads.values.as_ptr().cast(), to, QUADS * R);
+                first_of::<S, R>(simd, scales, self.scales.as_mut_ptr().add(place));
+                for (index, sum) in [first, second, both].into_iter().enumerate() {
+                    let sum = simd.mul(scales, simd.to_float(sum));
+                    first_of::<S, R>(simd, sum, self.sums.as_mut_ptr().add(place * SUMS + index * R));
+                }
+                let mut numbers: OfRows<i32> = [0; LANES];
+                simd.store_i32(numbers.as_mut_ptr(), excess);
+                std::ptr::copy_nonoverlapping(numbers.as_ptr(), self.excess.as_mut_ptr().add(place), R);
             }
         }
-        if simd.reduce_add(suspicion).is_nan() {
-            self.scales
-                .iter_mut()
-                .skip(self.row)
-                .step_by(self.rows)
-                .for_each(|scale| *scale = f32::NAN);
+        for (row, suspicion) in suspicion.into_iter().enumerate() {
+            if simd.reduce_add(suspicion).is_nan() {
+                let places = self.scales.iter_mut().skip(row).step_by(R);
+                places.for_each(|scale| *scale = f32::NAN);
+            }
         }
+    }
+}
+
+/// Writes the first `R` numbers.
+///
+/// # Safety
+/// `to` has places for them.
+#[inline(always)]
+unsafe fn first_of<S: Simd, const R: usize>(simd: S, numbers: S::F, to: *mut f32) {
+    let mut all: OfRows<f32> = [0.0; LANES];
+    // SAFETY: there are 16 places, of which `R` are copied, and the caller's promise.
+    unsafe {
+        simd.store(all.as_mut_ptr(), numbers);
+        std::ptr::copy_nonoverlapping(all.as_ptr(), to, R);
+    }
+}
+
+/// Places for quads of a block of a group.
+const PLACES: usize = QUADS * GROUP;
+
+/// Integers of a block of a group.
+#[repr(align(64))]
+struct Quads {
+    /// Four values each, `[8, rows]`.
+    values: [i32; PLACES],
+    /// The sum of each four. Sixteen more: the last rows' are read with what lies behind them.
+    sums: [i32; PLACES + LANES],
+}
+
+impl Quads {
+    fn new() -> Self {
+        Self {
+            values: [0; PLACES],
+            sums: [0; PLACES + LANES],
+        }
+    }
+
+    /// The sums of values of each row, of its first half and of its second.
+    #[inline(always)]
+    fn sum_up<S: Simd, const R: usize>(&mut self, simd: S) -> [S::I; 2] {
+        const { assert!(R <= GROUP && GROUP <= LANES) }
+        const ONES: [u8; 64] = [1; 64];
+        for start in (0..QUADS * R).step_by(LANES) {
+            // SAFETY: the arrays have 64 places and more, a multiple of 16.
+            unsafe {
+                let values = simd.load_i32(self.values.as_ptr().add(start));
+                let products = simd.dot(simd.no_products(), simd.load_bytes(ONES.as_ptr()), values);
+                let sums = simd.settle(simd.splat_i32(0), products);
+                simd.store_i32(self.sums.as_mut_ptr().add(start), sums);
+            }
+        }
+        let mut halves = [simd.splat_i32(0); 2];
+        for quad in 0..QUADS {
+            let half = &mut halves[quad / (QUADS / 2)];
+            // SAFETY: the last begins at 7 times 8 at most, and there are 80.
+            *half = simd.add_i32(*half, unsafe { simd.load_i32(self.sums.as_ptr().add(quad * R)) });
+        }
+        halves
     }
 }

@@ -60,6 +60,8 @@ pub(crate) trait Simd: Copy {
     fn splat_i32(self, x: i32) -> Self::I;
     /// Reads 16 integers.
     unsafe fn load_i32(self, from: *const i32) -> Self::I;
+    /// Writes 16 integers.
+    unsafe fn store_i32(self, to: *mut i32, x: Self::I);
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
     fn and_i32(self, a: Self::I, b: Self::I) -> Self::I;
     fn or_i32(self, a: Self::I, b: Self::I) -> Self::I;
@@ -67,7 +69,6 @@ pub(crate) trait Simd: Copy {
     fn shift_right(self, a: Self::I, bits: u32) -> Self::I;
     /// Moves bits up by less than 32.
     fn shift_left(self, a: Self::I, bits: u32) -> Self::I;
-    fn reduce_add_i32(self, a: Self::I) -> i32;
     /// Writes the lanes as 16 bytes; they must be from -128 to 127.
     unsafe fn store_i8(self, to: *mut i8, x: Self::I);
     /// No products yet.
@@ -246,6 +247,11 @@ impl Simd for Portable {
         unsafe { from.cast::<Self::I>().read_unaligned() }
     }
     #[inline(always)]
+    unsafe fn store_i32(self, to: *mut i32, x: Self::I) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<Self::I>().write_unaligned(x) }
+    }
+    #[inline(always)]
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
         lanes!(|i| a[i].wrapping_add(b[i]))
     }
@@ -264,10 +270,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn shift_left(self, a: Self::I, bits: u32) -> Self::I {
         lanes!(|i| a[i] << bits)
-    }
-    #[inline(always)]
-    fn reduce_add_i32(self, a: Self::I) -> i32 {
-        a.into_iter().fold(0, i32::wrapping_add)
     }
     #[inline(always)]
     unsafe fn store_i8(self, to: *mut i8, x: Self::I) {

@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::attention::{Attention, BLOCK_TOKENS, Cache, Numbers, Run, SCALE_DIMS, padded};
-use super::vector::{HeadShape, argmax};
+use super::vector::{HeadShape, Norm, argmax};
 use super::*;
 
 mod levels;
@@ -95,7 +95,7 @@ fn pack(compute: &Compute, dtype: GgmlDType, bytes: &[u8], shape: [usize; 2]) ->
 fn product(compute: &Compute, matrix: &Matrix, x: &[f32], out: &mut [f32], combine: Combine) {
     let mut quantized = QuantizedRows::default();
     if matrix.is_quantized() {
-        quantized.set(compute, x, matrix.columns());
+        quantized.set(compute, x, matrix.columns(), None);
     }
     let rows = Rows {
         floats: x,
@@ -190,10 +190,11 @@ fn products_equal_plain_arithmetic_in_every_format_and_shape() {
                         "{dtype:?} {rows}x{columns} x {count}, {}",
                         compute.dispatch.name()
                     );
-                    close(&out, &expected, 2e-5, &what);
+                    // Sums of a thousand numbers in 32 bits: what a processor with other contexts draws may be 2.3e-5 off.
+                    close(&out, &expected, 4e-5, &what);
                     let twice: Vec<f64> = expected.iter().map(|x| 2.0 * x).collect();
                     product(&compute, &matrix, &x, &mut out, Combine::Add);
-                    close(&out, &twice, 4e-5, &what);
+                    close(&out, &twice, 8e-5, &what);
                 }
             }
         }
@@ -280,7 +281,7 @@ fn gated_products_equal_plain_arithmetic() {
         let (gate, up) = (pack(GgmlDType::Q4_1, &gate), pack(GgmlDType::Q8_0, &up));
         let x = numbers(&mut rng, 9 * columns);
         let mut quantized = QuantizedRows::default();
-        quantized.set(&compute, &x, columns);
+        quantized.set(&compute, &x, columns, None);
         let opened = reference(&rounded(&x), &gate_values, columns);
         let raised = reference(&rounded(&x), &up_values, columns);
         for kind in [Gate::Silu, Gate::Gelu] {
@@ -345,7 +346,11 @@ fn norms_and_sums_equal_plain_arithmetic() {
                 })
                 .collect();
             let mut out = vec![0.0; x.len()];
-            compute.rms_norm(&x, &mut out, &weight, 1e-5);
+            let norm = Norm {
+                weight: &weight,
+                epsilon: 1e-5,
+            };
+            compute.normalize(norm, &x, &mut out);
             close(&out, &expected, 1e-5, "norm");
             let mut sum = x.clone();
             compute.add(&mut sum, &out);
@@ -354,9 +359,14 @@ fn norms_and_sums_equal_plain_arithmetic() {
         }
     }
     assert_eq!(argmax(&[1.0, 5.0, f32::NAN, 5.0]), Some(1));
-    let mut many = numbers(&mut rng, 1001);
-    many[1000] = 2.0;
-    assert_eq!(argmax(&many), Some(1000));
+    for best in 0..200 {
+        let mut many = numbers(&mut rng, 200);
+        many[(best + 64) % 200] = f32::NAN;
+        many[best] = 2.0;
+        assert_eq!(argmax(&many), Some(best));
+    }
+    assert_eq!(argmax(&[f32::NEG_INFINITY; 100]), Some(0));
+    assert_eq!(argmax(&[f32::NAN; 100]), None);
     assert_eq!(argmax(&[]), None);
 }
 

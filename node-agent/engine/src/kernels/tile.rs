@@ -3,11 +3,15 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use super::floats::{BrainFloat, HalfPrecision, SinglePrecision, float_group};
 use super::panel;
 use super::product::{Products, Rows};
 use super::rows::{BLOCK, GROUP, Group, GroupView, SUMS};
 use super::simd::{LANES, Simd};
 use super::weights::{Format, Layout, Matrix, SIX_BIT_WORDS, six_bits_at, with_layout};
+
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
 
 /// Writes the products of all rows of a piece, which has full groups only if there are `MANY`.
 #[inline(always)]
@@ -36,9 +40,17 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
             }
         }, _ => {});
     }
+    // Where a panel was, its making has asked already.
+    let mut ahead = if done == 0 {
+        Ahead::new(
+            data,
+            matrix,
+            left.iter().map(|group| passes::<S>(group.rows)).sum(),
+        )
+    } else {
+        Ahead::nothing()
+    };
     for &group in left {
-        // The first rows bring the tile near; the others find it there.
-        let ahead = if done == 0 { matrix.ahead() } else { 0 };
         let out = products.rows(done, group.rows);
         with_layout!(matrix.format(), L => {
             let view = rows.quantized.view(group);
@@ -47,7 +59,7 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
             assert!(data.len() >= blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES);
             // SAFETY: the tile has as many blocks as the rows, by the assertion; `view` cut its slices to
             // the group; `out` has room for the group's rows.
-            unsafe { quantized_group::<S, L, MANY>(simd, data, ahead, view, out) }
+            unsafe { quantized_group::<S, L, MANY>(simd, data, &mut ahead, view, out) }
         }, _ => {
             let columns = matrix.columns();
             let x = &rows.floats[group.first_row * columns..(group.first_row + group.rows) * columns];
@@ -72,7 +84,7 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
 unsafe fn quantized_group<S: Simd, L: Layout, const MANY: bool>(
     simd: S,
     tile: &[u8],
-    ahead: usize,
+    ahead: &mut Ahead,
     view: GroupView<'_>,
     out: *mut f32,
 ) {
@@ -101,7 +113,7 @@ unsafe fn quantized_group<S: Simd, L: Layout, const MANY: bool>(
 unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
     simd: S,
     tile: &[u8],
-    ahead: usize,
+    ahead: &mut Ahead,
     view: GroupView<'_>,
     out: *mut f32,
 ) {
@@ -110,11 +122,57 @@ unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
         // SAFETY: the caller's promise; rows `first` to `first + M` are in the group.
         unsafe {
             let x = Place::of(view, first);
-            let ahead = if first == 0 { ahead } else { 0 };
             let sums = blocks_times_rows::<S, L, M, G>(simd, tile.as_ptr(), ahead, blocks, x);
             for (row, sum) in sums.into_iter().enumerate() {
                 simd.store(out.add((first + row) * LANES), sum);
             }
+        }
+    }
+}
+
+/// Passes over a tile that a group of so many rows takes.
+const fn passes<S: Simd>(rows: usize) -> usize {
+    rows.div_ceil(S::ROWS)
+}
+
+/// What is asked of memory before it is needed, across the ends of pages and tiles: a few rows are done as fast as it
+/// delivers. All passes over a tile ask for their share, so that memory has no rest while many rows are multiplied.
+struct Ahead {
+    next: *const u8,
+    /// A block's share, in lines of the cache.
+    share: usize,
+    /// Lines that nobody has asked for yet.
+    left: usize,
+}
+
+impl Ahead {
+    /// For so many passes over this tile.
+    #[inline(always)]
+    fn new(tile: &[u8], matrix: &Matrix, passes: usize) -> Self {
+        let (lines, blocks) = (tile.len() / LINE, matrix.columns() / BLOCK * passes);
+        Self {
+            next: tile.as_ptr().wrapping_add(matrix.ahead()),
+            share: lines.div_ceil(blocks.max(1)),
+            left: lines,
+        }
+    }
+
+    const fn nothing() -> Self {
+        Self {
+            next: std::ptr::null(),
+            share: 0,
+            left: 0,
+        }
+    }
+
+    /// Asks for the next block's share. What lies there need not be there.
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, simd: S) {
+        let count = self.share.min(self.left);
+        self.left -= count;
+        for _ in 0..count {
+            simd.prefetch(self.next);
+            self.next = self.next.wrapping_add(LINE);
         }
     }
 }
@@ -156,13 +214,12 @@ impl Place {
 /// The innermost loop where no panel is worth its while: one tile, `M` rows of a group of `G`.
 ///
 /// # Safety
-/// `tile` holds `blocks` blocks of the layout; `x` is the first of `M` rows in a group of `G` with as many blocks. What
-/// lies `ahead` bytes further is asked for, if that is not 0, and need not be there.
+/// `tile` holds `blocks` blocks of the layout; `x` is the first of `M` rows in a group of `G` with as many blocks.
 #[inline(always)]
 unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
     simd: S,
     tile: *const u8,
-    ahead: usize,
+    ahead: &mut Ahead,
     blocks: usize,
     mut x: Place,
 ) -> [S::F; M] {
@@ -175,13 +232,7 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
             let scales = Scales::<S, L>::begin(simd, factors);
             factors = factors.add(L::SCALE_BYTES);
             for block in 0..L::SHARED {
-                if ahead > 0 {
-                    // A few rows are done as fast as memory delivers: ask early, across the ends of pages and
-                    // tiles.
-                    for line in 0..L::NUMBER_BYTES / 64 {
-                        simd.prefetch(numbers.wrapping_add(ahead + line * 64));
-                    }
-                }
+                ahead.ask(simd);
                 add_block::<S, L, M, G, _>(simd, &mut total, numbers, x, Packed(&scales, block));
                 numbers = numbers.add(L::NUMBER_BYTES);
                 x = x.further::<G>(1);
@@ -484,105 +535,5 @@ pub(super) unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *cons
             bytes = simd.put_bits(bytes, above, which * L::ABOVE, L::BASE, mask);
         }
         bytes
-    }
-}
-
-/// A number format of weights that are not quantised.
-trait FloatFormat {
-    const BYTES: usize;
-    /// # Safety
-    /// 16 numbers are at `from`.
-    unsafe fn load<S: Simd>(simd: S, from: *const u8) -> S::F;
-}
-
-struct SinglePrecision;
-struct HalfPrecision;
-struct BrainFloat;
-
-impl FloatFormat for SinglePrecision {
-    const BYTES: usize = 4;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, from: *const u8) -> S::F {
-        // SAFETY: the caller's promise.
-        unsafe { simd.load(from.cast()) }
-    }
-}
-
-impl FloatFormat for HalfPrecision {
-    const BYTES: usize = 2;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, from: *const u8) -> S::F {
-        // SAFETY: the caller's promise.
-        unsafe { simd.load_f16(from.cast()) }
-    }
-}
-
-impl FloatFormat for BrainFloat {
-    const BYTES: usize = 2;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, from: *const u8) -> S::F {
-        // SAFETY: the caller's promise.
-        unsafe { simd.load_bf16(from.cast()) }
-    }
-}
-
-/// Rows of floats, four at a time where registers hold their sums, else two.
-///
-/// # Safety
-/// `tile` holds 16 numbers for each column; `out` has room for 16 numbers for each row of `x`.
-#[inline(always)]
-unsafe fn float_group<S: Simd, W: FloatFormat>(
-    simd: S,
-    tile: &[u8],
-    x: &[f32],
-    columns: usize,
-    out: *mut f32,
-) {
-    assert!(tile.len() >= columns * LANES * W::BYTES);
-    let rows = x.len() / columns;
-    let mut row = 0;
-    while row < rows {
-        // SAFETY: the caller's promise; each call takes no more rows than are left.
-        unsafe {
-            let (x, out) = (x.as_ptr().add(row * columns), out.add(row * LANES));
-            if rows - row >= 4 && S::SUMS >= 2 * 4 {
-                float_rows::<S, W, 4>(simd, tile.as_ptr(), x, columns, out);
-                row += 4;
-            } else if rows - row >= 2 {
-                float_rows::<S, W, 2>(simd, tile.as_ptr(), x, columns, out);
-                row += 2;
-            } else {
-                float_rows::<S, W, 1>(simd, tile.as_ptr(), x, columns, out);
-                row += 1;
-            }
-        }
-    }
-}
-
-/// # Safety
-/// As [`float_group`], for `M` rows.
-#[inline(always)]
-unsafe fn float_rows<S: Simd, W: FloatFormat, const M: usize>(
-    simd: S,
-    tile: *const u8,
-    x: *const f32,
-    columns: usize,
-    out: *mut f32,
-) {
-    let mut sums = [[simd.splat(0.0); M]; 2];
-    for column in 0..columns {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let weights = W::load(simd, tile.add(column * LANES * W::BYTES));
-            for row in 0..M {
-                let x = simd.splat(*x.add(row * columns + column));
-                let sum = &mut sums[column % 2][row];
-                *sum = simd.fma(weights, x, *sum);
-            }
-        }
-    }
-    for row in 0..M {
-        // SAFETY: the caller's promise.
-        unsafe { simd.store(out.add(row * LANES), simd.add(sums[0][row], sums[1][row])) }
     }
 }

@@ -56,31 +56,45 @@ pub(super) fn store_part<S: Simd>(simd: S, x: &mut [f32], start: usize, numbers:
     }
 }
 
-/// `x * weight / sqrt(mean(x^2) + epsilon)`, for each chunk of `weight.len()` numbers.
-struct RmsNorm<'a> {
-    from: &'a [f32],
-    to: &'a mut [f32],
-    weight: &'a [f32],
-    epsilon: f32,
+/// A root mean square norm: `x * weight / sqrt(mean(x^2) + epsilon)`. Source: Zhang & Sennrich 2019.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Norm<'a> {
+    pub(crate) weight: &'a [f32],
+    pub(crate) epsilon: f32,
 }
 
-impl Operation for RmsNorm<'_> {
+impl Norm<'_> {
+    /// What the numbers of a row are multiplied with before their weights.
+    #[inline(always)]
+    pub(super) fn factor<S: Simd>(&self, simd: S, x: &[f32]) -> f32 {
+        let mut squares = [simd.splat(0.0); 2];
+        for (index, start) in (0..x.len()).step_by(LANES).enumerate() {
+            let x = load_part(simd, x, start);
+            squares[index % 2] = simd.fma(x, x, squares[index % 2]);
+        }
+        let square = simd.reduce_add(simd.add(squares[0], squares[1]));
+        1.0 / (square / x.len() as f32 + self.epsilon).sqrt()
+    }
+}
+
+/// Normalises each chunk of as many numbers as the norm has weights.
+struct Normalize<'a> {
+    norm: Norm<'a>,
+    from: &'a [f32],
+    to: &'a mut [f32],
+}
+
+impl Operation for Normalize<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let size = self.weight.len();
+        let size = self.norm.weight.len();
         for (from, to) in self.from.chunks_exact(size).zip(self.to.chunks_exact_mut(size)) {
-            let mut squares = [simd.splat(0.0); 2];
-            for (index, start) in (0..size).step_by(LANES).enumerate() {
-                let x = load_part(simd, from, start);
-                squares[index % 2] = simd.fma(x, x, squares[index % 2]);
-            }
-            let square = simd.reduce_add(simd.add(squares[0], squares[1]));
-            let scale = simd.splat(1.0 / (square / size as f32 + self.epsilon).sqrt());
+            let factor = simd.splat(self.norm.factor(simd, from));
             for start in (0..size).step_by(LANES) {
-                let x = simd.mul(load_part(simd, from, start), scale);
-                let weighted = simd.mul(x, load_part(simd, self.weight, start));
+                let x = simd.mul(load_part(simd, from, start), factor);
+                let weighted = simd.mul(x, load_part(simd, self.norm.weight, start));
                 store_part(simd, to, start, weighted);
             }
         }
@@ -150,13 +164,21 @@ impl Operation for Argmax<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Option<usize> {
-        let whole = self.0.len() / LANES * LANES;
-        let mut most = simd.splat(f32::NEG_INFINITY);
-        for start in (0..whole).step_by(LANES) {
-            most = simd.max(load_part(simd, self.0, start), most);
+        // Several at once, so that none waits for the one before.
+        const CHAINS: usize = 4;
+        let chunks = self.0.chunks_exact(CHAINS * LANES);
+        let rest = chunks.remainder();
+        let mut most = [simd.splat(f32::NEG_INFINITY); CHAINS];
+        for chunk in chunks {
+            for (chain, most) in most.iter_mut().enumerate() {
+                *most = simd.max(load_part(simd, chunk, chain * LANES), *most);
+            }
         }
-        let rest = &self.0[whole..];
-        let most = rest.iter().copied().fold(simd.reduce_max(most), f32::max);
+        let mut whole = simd.splat(f32::NEG_INFINITY);
+        for most in most {
+            whole = simd.max(most, whole);
+        }
+        let most = rest.iter().copied().fold(simd.reduce_max(whole), f32::max);
         self.0.iter().position(|&x| x == most)
     }
 }
@@ -218,32 +240,28 @@ impl Operation for WeightSums<'_> {
 }
 
 impl Compute {
-    /// Normalises each chunk of `weight.len()` numbers of `from` into `to`.
+    /// Normalises each row of `from` into `to`.
     ///
     /// # Panics
     /// When lengths do not fit.
-    pub(crate) fn rms_norm(&self, from: &[f32], to: &mut [f32], weight: &[f32], epsilon: f32) {
-        assert!(from.len() == to.len() && from.len().is_multiple_of(weight.len()));
-        let chunk = (GRAIN_NUMBERS / weight.len()).max(1) * weight.len();
+    pub(crate) fn normalize(&self, norm: Norm<'_>, from: &[f32], to: &mut [f32]) {
+        let size = norm.weight.len();
+        assert!(from.len() == to.len() && from.len().is_multiple_of(size));
+        let chunk = (GRAIN_NUMBERS / size).max(1) * size;
         self.pool.for_each_chunk(to, chunk, |index, to| {
             let from = &from[index * chunk..][..to.len()];
-            self.dispatch.run(RmsNorm {
-                from,
-                to,
-                weight,
-                epsilon,
-            });
+            self.dispatch.run(Normalize { norm, from, to });
         });
     }
 
-    /// Normalises each chunk of `weight.len()` numbers where it is.
+    /// Normalises each row where it is.
     ///
     /// # Panics
     /// When lengths do not fit.
-    pub(crate) fn rms_norm_in_place(&self, x: &mut [f32], weight: &[f32], epsilon: f32) {
+    pub(crate) fn normalize_in_place(&self, norm: Norm<'_>, x: &mut [f32]) {
         // Short: heads, and Gemma's outputs. A copy is cheaper than a second kernel.
         let from = x.to_vec();
-        self.rms_norm(&from, x, weight, epsilon);
+        self.normalize(norm, &from, x);
     }
 
     /// `to += from`.

@@ -7,13 +7,12 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512i, _MM_HINT_T1, _mm_add_epi32, _mm_add_ps, _mm_add_ss, _mm_cvtsi32_si128,
-    _mm_cvtsi128_si32, _mm_cvtss_f32, _mm_loadl_epi64, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
-    _mm_movehl_ps, _mm_packs_epi16, _mm_prefetch, _mm_shuffle_epi32, _mm_shuffle_ps, _mm_storeu_si128,
-    _mm256_abs_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_andnot_ps,
-    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepi8_epi32,
-    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
-    _mm256_dpbusd_avx_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
+    __m256, __m256i, __m512, __m512i, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtsi32_si128, _mm_cvtss_f32,
+    _mm_loadl_epi64, _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehl_ps, _mm_packs_epi16, _mm_prefetch,
+    _mm_shuffle_ps, _mm_storeu_si128, _mm256_abs_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps,
+    _mm256_and_si256, _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_castsi256_si128,
+    _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32,
+    _mm256_div_ps, _mm256_dpbusd_avx_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
     _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps,
     _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_packs_epi32, _mm256_permute4x64_epi64,
     _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_sign_epi8,
@@ -23,9 +22,9 @@ use std::arch::x86_64::{
     _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
     _mm512_cvtps_epi32, _mm512_cvtsepi32_epi8, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64,
     _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
-    _mm512_or_si512, _mm512_reduce_add_epi32, _mm512_reduce_max_ps, _mm512_set1_epi8, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_sll_epi16, _mm512_sll_epi32, _mm512_slli_epi32, _mm512_srl_epi16,
-    _mm512_srl_epi32, _mm512_srli_epi16, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_ps,
+    _mm512_or_si512, _mm512_reduce_max_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_sll_epi16, _mm512_sll_epi32, _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32,
+    _mm512_srli_epi16, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_ps,
 };
 
 use super::simd::Simd;
@@ -157,6 +156,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn store_i32(self, to: *mut i32, x: __m512i) {
+        unsafe { _mm512_storeu_si512(to.cast(), x) }
+    }
+    #[inline(always)]
     fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
         unsafe { _mm512_add_epi32(a, b) }
     }
@@ -175,10 +178,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn shift_left(self, a: __m512i, bits: u32) -> __m512i {
         unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits.cast_signed())) }
-    }
-    #[inline(always)]
-    fn reduce_add_i32(self, a: __m512i) -> i32 {
-        unsafe { _mm512_reduce_add_epi32(a) }
     }
     #[inline(always)]
     unsafe fn store_i8(self, to: *mut i8, x: __m512i) {
@@ -439,6 +438,10 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         halves!(|i| _mm256_loadu_si256(from.add(8 * i).cast()))
     }
     #[inline(always)]
+    unsafe fn store_i32(self, to: *mut i32, x: Self::I) {
+        let _ = halves!(|i| _mm256_storeu_si256(to.add(8 * i).cast(), x[i]));
+    }
+    #[inline(always)]
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
         halves!(|i| _mm256_add_epi32(a[i], b[i]))
     }
@@ -457,15 +460,6 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     fn shift_left(self, a: Self::I, bits: u32) -> Self::I {
         halves!(|i| _mm256_sll_epi32(a[i], _mm_cvtsi32_si128(bits.cast_signed())))
-    }
-    #[inline(always)]
-    fn reduce_add_i32(self, a: Self::I) -> i32 {
-        unsafe {
-            let a = _mm256_add_epi32(a[0], a[1]);
-            let a = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
-            let a = _mm_add_epi32(a, _mm_shuffle_epi32::<0b00_00_11_10>(a));
-            _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32::<1>(a)))
-        }
     }
     #[inline(always)]
     unsafe fn store_i8(self, to: *mut i8, x: Self::I) {

@@ -10,6 +10,9 @@ use half::slice::HalfFloatSliceExt;
 use crate::inspect::KvType;
 use crate::kernels::attention::{BLOCK_TOKENS, Numbers, SCALE_DIMS, padded};
 
+/// Numbers of a key that are converted before they are spread.
+const SIDE_BY_SIDE: usize = 32;
+
 /// Shape of the cache.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KvShape {
@@ -90,7 +93,15 @@ impl Block {
                 Self::F16(data) if side == Side::Values => {
                     data[start..start + dim].convert_from_f32_slice(from);
                 }
-                Self::F16(data) => scatter(data, start, step, from, f16::from_f32),
+                Self::F16(data) => {
+                    // Converted side by side, then spread.
+                    let mut half = [f16::ZERO; SIDE_BY_SIDE];
+                    for (group, from) in from.chunks(SIDE_BY_SIDE).enumerate() {
+                        let half = &mut half[..from.len()];
+                        half.convert_from_f32_slice(from);
+                        scatter(data, start + group * SIDE_BY_SIDE * step, step, half, |x| x);
+                    }
+                }
                 Self::F32(data) => scatter(data, start, step, from, |x| x),
                 Self::Q8 { numbers, scales } => {
                     let scales = &mut scales[head * shape.head_scales()..];
@@ -122,7 +133,7 @@ impl Block {
     }
 }
 
-fn scatter<T>(to: &mut [T], start: usize, step: usize, from: &[f32], convert: impl Fn(f32) -> T) {
+fn scatter<T, F: Copy>(to: &mut [T], start: usize, step: usize, from: &[F], convert: impl Fn(F) -> T) {
     let places = to[start..].iter_mut().step_by(step);
     for (place, x) in places.zip(from) {
         *place = convert(*x);

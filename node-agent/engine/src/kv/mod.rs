@@ -8,10 +8,13 @@
 mod blocks;
 mod prefix;
 
+use std::ops::Range;
+
 use crate::inspect::KvType;
+use crate::kernels::Pool;
 use crate::kernels::attention::{BLOCK_TOKENS, Cache, Numbers};
-use blocks::Block;
-pub(crate) use blocks::{KvShape, Side};
+pub(crate) use blocks::KvShape;
+use blocks::{Block, Side};
 use prefix::Prefixes;
 pub(crate) use prefix::common_prefix;
 
@@ -251,19 +254,80 @@ impl KvCache {
         }
     }
 
-    /// Writes one token's key or value, `[kv_heads, head_dim]`.
-    pub(crate) fn write(
+    /// Writes keys and values, `[rows, kv_heads, head_dim]` each, of tokens at these places, those of a sequence one after
+    /// the other, positions rising by one. No two rows are for one place, and no block that others use is written.
+    ///
+    /// # Panics
+    /// When there are fewer numbers than the rows have.
+    pub(crate) fn write<'a>(
         &mut self,
-        table: &BlockTable,
+        pool: &Pool,
         layer: usize,
-        side: Side,
-        position: usize,
-        row: &[f32],
+        places: impl Iterator<Item = (&'a BlockTable, usize)>,
+        keys: &[f32],
+        values: &[f32],
     ) {
-        let block = table.blocks[position / BLOCK_TOKENS] as usize;
-        debug_assert_eq!(self.users[block], 1, "a shared block is never written");
-        if let Some(block) = &mut self.blocks[block] {
-            block.write(&self.shape, layer, side, position % BLOCK_TOKENS, row);
+        let shape = self.shape;
+        let mut lent = Lent {
+            blocks: &mut self.blocks,
+            parts: Vec::new(),
+        };
+        for (row, (table, position)) in places.enumerate() {
+            let (block, token) = (table.blocks[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
+            debug_assert_eq!(self.users[block as usize], 1, "a shared block is never written");
+            lent.add(row, block, token);
+        }
+        let width = shape.kv_heads * shape.head_dim;
+        pool.for_each_chunk(&mut lent.parts, 1, |_, parts| {
+            for part in parts {
+                let Some(block) = &mut part.block else { continue };
+                for (index, row) in part.rows.clone().enumerate() {
+                    let (token, row) = (part.first_token + index, row * width..(row + 1) * width);
+                    block.write(&shape, layer, Side::Keys, token, &keys[row.clone()]);
+                    block.write(&shape, layer, Side::Values, token, &values[row]);
+                }
+            }
+        });
+    }
+}
+
+/// Blocks taken out of the cache, so that each thread writes to some of its own. They go back at the end, whatever happens.
+struct Lent<'a> {
+    blocks: &'a mut [Option<Block>],
+    parts: Vec<Part>,
+}
+
+/// What a step writes to one block.
+struct Part {
+    number: u32,
+    block: Option<Block>,
+    /// The first row's place in it; the others follow.
+    first_token: usize,
+    rows: Range<usize>,
+}
+
+impl Lent<'_> {
+    /// One row more, which is written to a token of a block.
+    fn add(&mut self, row: usize, number: u32, token: usize) {
+        match self.parts.last_mut() {
+            Some(part) if part.number == number => {
+                debug_assert_eq!(token, part.first_token + part.rows.len());
+                part.rows.end += 1;
+            }
+            _ => self.parts.push(Part {
+                number,
+                block: self.blocks[number as usize].take(),
+                first_token: token,
+                rows: row..row + 1,
+            }),
+        }
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        for part in self.parts.drain(..).filter(|part| part.block.is_some()) {
+            self.blocks[part.number as usize] = part.block;
         }
     }
 }

@@ -34,13 +34,17 @@ fn widened(numbers: Numbers<'_>, token: &dyn Fn(usize) -> usize) -> Vec<f32> {
 }
 
 fn fill(cache: &mut KvCache, table: &BlockTable, from: usize, to: usize) {
-    for position in from..to {
-        let row: Vec<f32> = (0..8).map(|i| (position * 8 + i) as f32).collect();
-        for layer in 0..2 {
-            cache.write(table, layer, Side::Values, position, &row);
-            cache.write(table, layer, Side::Keys, position, &row);
-        }
+    // As many at once as a prompt may have, on more threads than one.
+    let rows: Vec<f32> = (from * 8..to * 8).map(|number| number as f32).collect();
+    for layer in 0..2 {
+        let places = (from..to).map(|position| (table, position));
+        cache.write(&Pool::new(2).unwrap(), layer, places, &rows, &rows);
     }
+}
+
+fn write_one(cache: &mut KvCache, table: &BlockTable, layer: usize, position: usize, number: f32) {
+    let place = std::iter::once((table, position));
+    cache.write(&Pool::new(1).unwrap(), layer, place, &[number; 8], &[number; 8]);
 }
 
 fn text(count: usize) -> Vec<u32> {
@@ -68,6 +72,84 @@ fn what_is_written_is_read_at_its_place() {
         near(&keys[..2], &[260.0, 268.0]);
         near(&keys[BLOCK_TOKENS..][..2], &[261.0, 269.0]);
     }
+}
+
+#[test]
+fn keys_of_many_dimensions_lie_in_their_columns() {
+    let shape = KvShape {
+        head_dim: 40,
+        ..SHAPE
+    };
+    let mut cache = KvCache::new(shape, KvType::F16, 1, 0);
+    let mut table = BlockTable::default();
+    assert!(cache.reserve(&mut table, 8));
+    let row: Vec<f32> = (0..80).map(|number| number as f32).collect();
+    let place = std::iter::once((&table, 7));
+    cache.write(&Pool::new(1).unwrap(), 1, place, &row, &row);
+    let [keys, values] = numbers(&cache, &table, 1, 0, 1);
+    let column: Vec<f32> = (0..40).map(|d| keys[d * BLOCK_TOKENS + 7]).collect();
+    assert_eq!(column, row[40..]);
+    assert_eq!(values[7 * padded(40)..][..40], row[40..]);
+}
+
+#[test]
+fn blocks_are_back_in_their_places_after_a_write_that_failed() {
+    for threads in [1, 2] {
+        let mut cache = KvCache::new(SHAPE, KvType::F16, 2, 0);
+        let mut table = BlockTable::default();
+        assert!(cache.reserve(&mut table, 40));
+        fill(&mut cache, &table, 0, 40);
+        let pool = Pool::new(threads).unwrap();
+        let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            // Numbers of nine rows are not there.
+            let places = (30..40).map(|position| (&table, position));
+            cache.write(&pool, 0, places, &[0.0; 8], &[0.0; 8]);
+        }));
+        assert!(failed.is_err());
+        let [keys, _] = numbers(&cache, &table, 1, 1, 1);
+        assert_eq!(keys[..2], [260.0, 268.0]);
+    }
+}
+
+#[test]
+fn what_sequences_write_together_is_what_each_writes_alone() {
+    let mut cache = KvCache::new(SHAPE, KvType::F16, 8, 0);
+    let (mut together, mut alone) = (
+        [BlockTable::default(), BlockTable::default()],
+        [BlockTable::default(), BlockTable::default()],
+    );
+    for table in together.iter_mut().chain(&mut alone) {
+        assert!(cache.reserve(table, 40));
+    }
+    // Of the first its last tokens, across two blocks; of the second its first.
+    let parts = [(0, 30..38), (1, 0..3)];
+    let rows: Vec<f32> = (0..11 * 8).map(|number| number as f32).collect();
+    for layer in 0..2 {
+        let places = parts.iter().flat_map(|(sequence, positions)| {
+            positions.clone().map(|position| (&together[*sequence], position))
+        });
+        cache.write(&Pool::new(3).unwrap(), layer, places, &rows, &rows);
+        let mut first = 0;
+        for (sequence, positions) in parts.clone() {
+            for position in positions {
+                let (row, place) = (
+                    &rows[first..first + 8],
+                    std::iter::once((&alone[sequence], position)),
+                );
+                cache.write(&Pool::new(1).unwrap(), layer, place, row, row);
+                first += 8;
+            }
+        }
+    }
+    for (sequence, block) in [(0, 0), (0, 1), (1, 0)] {
+        for (layer, head) in [(0, 0), (1, 1)] {
+            assert_eq!(
+                numbers(&cache, &together[sequence], layer, block, head),
+                numbers(&cache, &alone[sequence], layer, block, head)
+            );
+        }
+    }
+    assert!(numbers(&cache, &together[0], 1, 1, 1)[0].iter().any(|x| *x > 0.0));
 }
 
 #[test]
@@ -100,7 +182,7 @@ fn a_prefix_is_shared_and_its_last_part_copied() {
         numbers(&cache, &first, 1, 1, 1)
     );
     // Each goes on in a block of its own.
-    cache.write(&second, 1, Side::Values, 49, &[9.0; 8]);
+    write_one(&mut cache, &second, 1, 49, 9.0);
     assert_ne!(
         numbers(&cache, &second, 1, 1, 1),
         numbers(&cache, &first, 1, 1, 1)
@@ -123,7 +205,7 @@ fn the_last_token_is_always_computed() {
     let mut second = BlockTable::default();
     assert_eq!(cache.attach(&mut second, &tokens), 63);
     // Writing its key must not meet a block that the first one uses.
-    cache.write(&second, 0, Side::Keys, 63, &[1.0; 8]);
+    write_one(&mut cache, &second, 0, 63, 1.0);
 }
 
 #[test]

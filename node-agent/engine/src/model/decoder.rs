@@ -10,7 +10,7 @@ use crate::gguf::GgufFile;
 use crate::kernels::attention::{Attention, Run};
 use crate::kernels::vector::{HeadShape, for_each_row};
 use crate::kernels::{Combine, Compute, Gate, Matrix, Memory, QuantizedRows, Rows, Target, WeightPrecision};
-use crate::kv::{BlockTable, KvCache, KvShape, LayerCache, Side};
+use crate::kv::{BlockTable, KvCache, KvShape, LayerCache};
 
 /// One row of a batch. Rows of one sequence follow each other, positions rising by one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,11 +186,12 @@ impl Decoder {
         let wanted = scratch.wanted.len() / hidden;
         scratch.logits.resize(wanted * config.vocab_size, 0.0);
         if wanted > 0 {
-            self.norm.forward(compute, &scratch.wanted, &mut scratch.normed);
+            let wanted = (scratch.wanted.as_slice(), Some(&self.norm));
+            let (normed, quantized) = (&mut scratch.normed, &mut scratch.quantized);
+            let rows = prepared(compute, wanted, normed, quantized, &[&self.output]);
             product(
                 compute,
-                &scratch.normed,
-                &mut scratch.quantized,
+                rows,
                 &mut [(&self.output, &mut scratch.logits)],
                 Combine::Store,
             );
@@ -226,27 +227,41 @@ fn runs(rows: &[Row]) -> Vec<Run> {
     runs
 }
 
-/// Multiplies rows with matrices of the same width; results are sized as they need to be.
-fn product(
+/// Rows, normalised where there is a norm, in the forms in which these matrices of one width ask for them: where all are
+/// quantised, norm and rounding are one step.
+fn prepared<'a>(
     compute: &Compute,
-    x: &[f32],
-    quantized: &mut QuantizedRows,
-    targets: &mut [(&Matrix, &mut Vec<f32>)],
-    combine: Combine,
-) {
-    let columns = targets.first().map_or(1, |(matrix, _)| matrix.columns());
-    if targets.iter().any(|(matrix, _)| matrix.is_quantized()) {
-        quantized.set(compute, x, columns);
+    (x, norm): (&'a [f32], Option<&RmsNorm>),
+    normed: &'a mut Vec<f32>,
+    quantized: &'a mut QuantizedRows,
+    matrices: &[&Matrix],
+) -> Rows<'a> {
+    let norm = norm.map(RmsNorm::as_norm);
+    let (floats, norm) = match norm {
+        Some(norm) if !matrices.iter().all(|matrix| matrix.is_quantized()) => {
+            normed.resize(x.len(), 0.0);
+            compute.normalize(norm, x, normed);
+            (normed.as_slice(), None)
+        }
+        norm => (x, norm),
+    };
+    let columns = matrices.first().map_or(1, |matrix| matrix.columns());
+    if matrices.iter().any(|matrix| matrix.is_quantized()) {
+        quantized.set(compute, floats, columns, norm);
     }
-    let count = x.len() / columns;
+    Rows { floats, quantized }
+}
+
+/// Multiplies rows with matrices of the same width; results are sized as they need to be.
+fn product(compute: &Compute, rows: Rows<'_>, targets: &mut [(&Matrix, &mut Vec<f32>)], combine: Combine) {
     let mut targets: Vec<Target<'_>> = targets
         .iter_mut()
         .map(|(matrix, out)| {
-            out.resize(count * matrix.rows(), 0.0);
+            out.resize(rows.floats.len() / matrix.columns() * matrix.rows(), 0.0);
             Target { matrix, out }
         })
         .collect();
-    compute.product(Rows { floats: x, quantized }, &mut targets, combine);
+    compute.product(rows, &mut targets, combine);
 }
 
 impl Layer {
@@ -324,12 +339,16 @@ impl Layer {
             global,
             local,
         } = step;
-        self.attention_norm
-            .forward(compute, &scratch.x, &mut scratch.normed);
+        let normed = prepared(
+            compute,
+            (&scratch.x, Some(&self.attention_norm)),
+            &mut scratch.normed,
+            &mut scratch.quantized,
+            &[&self.query, &self.key, &self.value],
+        );
         product(
             compute,
-            &scratch.normed,
-            &mut scratch.quantized,
+            normed,
             &mut [
                 (&self.query, &mut scratch.queries),
                 (&self.key, &mut scratch.keys),
@@ -363,16 +382,8 @@ impl Layer {
             };
             compute.rotate(numbers, shape, &rotations.cos, &rotations.sin, halves);
         }
-        let width = config.kv_heads * config.head_dim;
-        let pairs = scratch
-            .keys
-            .chunks_exact(width)
-            .zip(scratch.values.chunks_exact(width));
-        for (row, (key, value)) in rows.iter().zip(pairs) {
-            let table = tables[row.sequence];
-            cache.write(table, index, Side::Keys, row.position, key);
-            cache.write(table, index, Side::Values, row.position, value);
-        }
+        let places = rows.iter().map(|row| (tables[row.sequence], row.position));
+        cache.write(&compute.pool, index, places, &scratch.keys, &scratch.values);
         let attention = Attention {
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -395,15 +406,16 @@ impl Layer {
         );
         let Scratch {
             x,
+            normed,
             quantized,
             attended,
             change,
             ..
         } = scratch;
+        let attended = prepared(compute, (attended, None), normed, quantized, &[&self.output]);
         add_product(
             compute,
             attended,
-            quantized,
             &self.output,
             (self.post_attention_norm.as_ref(), config.residual_scale),
             (x, change),
@@ -421,24 +433,18 @@ impl Layer {
             change,
             ..
         } = scratch;
-        self.feed_norm.forward(compute, x, normed);
-        if self.gate.is_quantized() || self.up.is_quantized() {
-            quantized.set(compute, normed, config.hidden_size);
-        }
         let gate = match config.activation {
             Activation::Silu => Gate::Silu,
             Activation::Gelu => Gate::Gelu,
         };
         fed.resize(step.rows.len() * config.feed_forward, 0.0);
-        let rows = Rows {
-            floats: normed,
-            quantized,
-        };
-        compute.gated(rows, (&self.gate, gate), &self.up, fed);
+        let halves = [&self.gate, &self.up];
+        let from = prepared(compute, (x, Some(&self.feed_norm)), normed, quantized, &halves);
+        compute.gated(from, (&self.gate, gate), &self.up, fed);
+        let fed = prepared(compute, (fed, None), normed, quantized, &[&self.down]);
         add_product(
             compute,
             fed,
-            quantized,
             &self.down,
             (self.post_feed_norm.as_ref(), config.residual_scale),
             (x, change),
@@ -456,17 +462,16 @@ fn scale(x: &mut [f32], by: f32) {
 /// Adds a product to the residual stream, normalised or scaled first where the model does that.
 fn add_product(
     compute: &Compute,
-    from: &[f32],
-    quantized: &mut QuantizedRows,
+    from: Rows<'_>,
     matrix: &Matrix,
     (norm, by): (Option<&RmsNorm>, f32),
     (x, change): (&mut Vec<f32>, &mut Vec<f32>),
 ) {
     if norm.is_none() && by == 1.0 {
-        product(compute, from, quantized, &mut [(matrix, x)], Combine::Add);
+        product(compute, from, &mut [(matrix, x)], Combine::Add);
         return;
     }
-    product(compute, from, quantized, &mut [(matrix, change)], Combine::Store);
+    product(compute, from, &mut [(matrix, change)], Combine::Store);
     if let Some(norm) = norm {
         norm.apply(compute, change);
     }

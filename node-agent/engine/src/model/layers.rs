@@ -6,6 +6,7 @@ use candle_core::Device;
 
 use super::config::check_vector;
 use crate::gguf::GgufFile;
+use crate::kernels::vector::Norm;
 use crate::kernels::{Compute, Matrix, Memory, WeightPrecision};
 use crate::{InvalidModel, LoadModel};
 
@@ -78,14 +79,15 @@ pub(super) struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// Normalises each row of `x` into `out`.
-    pub(super) fn forward(&self, compute: &Compute, x: &[f32], out: &mut Vec<f32>) {
-        out.resize(x.len(), 0.0);
-        compute.rms_norm(x, out, &self.weight, self.epsilon);
+    pub(super) fn as_norm(&self) -> Norm<'_> {
+        Norm {
+            weight: &self.weight,
+            epsilon: self.epsilon,
+        }
     }
 
     /// Normalises each row where it is.
     pub(super) fn apply(&self, compute: &Compute, x: &mut [f32]) {
-        compute.rms_norm_in_place(x, &self.weight, self.epsilon);
+        compute.normalize_in_place(self.as_norm(), x);
     }
 }

@@ -72,7 +72,7 @@ fn gates_norms_and_rotations_are_the_same_at_every_level_to_the_bit() {
             let gate = pack(compute, GgmlDType::Q4_1, &gate, [rows, columns]);
             let up = pack(compute, GgmlDType::Q6K, &up, [rows, columns]);
             let mut quantized = QuantizedRows::default();
-            quantized.set(compute, &x, columns);
+            quantized.set(compute, &x, columns, None);
             let mut out = vec![0.0; 9 * rows];
             let rows = Rows {
                 floats: &x,
@@ -86,7 +86,11 @@ fn gates_norms_and_rotations_are_the_same_at_every_level_to_the_bit() {
         let (x, weight) = (numbers(&mut rng, 30 * size), numbers(&mut rng, size));
         same_bits("the norm and the sum", |compute| {
             let mut out = vec![0.0; x.len()];
-            compute.rms_norm(&x, &mut out, &weight, 1e-5);
+            let norm = Norm {
+                weight: &weight,
+                epsilon: 1e-5,
+            };
+            compute.normalize(norm, &x, &mut out);
             compute.add(&mut out, &x);
             out
         });
@@ -103,6 +107,78 @@ fn gates_norms_and_rotations_are_the_same_at_every_level_to_the_bit() {
             compute.rotate(&mut out, shape, &cos, &sin, halves);
             out
         });
+    }
+}
+
+#[test]
+fn a_norm_and_rounding_in_one_step_are_what_they_are_one_after_the_other() {
+    let mut rng = StdRng::seed_from_u64(17);
+    let (bytes, _) = weights(&mut rng, GgmlDType::Q4_1, 16, 576);
+    let weight = numbers(&mut rng, 576);
+    let norm = Norm {
+        weight: &weight,
+        epsilon: 1e-5,
+    };
+    for compute in contexts() {
+        let matrix = pack(&compute, GgmlDType::Q4_1, &bytes, [16, 576]);
+        for rows in 1..=18 {
+            let mut x = numbers(&mut rng, rows * 576);
+            // A row that is no number, and no other with it.
+            if rows > 2 {
+                x[2 * 576 + 100] = f32::INFINITY;
+            }
+            let mut normed = vec![0.0; x.len()];
+            compute.normalize(norm, &x, &mut normed);
+            let multiplied = |x: &[f32], norm| {
+                let mut quantized = QuantizedRows::default();
+                quantized.set(&compute, x, 576, norm);
+                let mut out = vec![0.0_f32; rows * 16];
+                let rows = Rows {
+                    floats: x,
+                    quantized: &quantized,
+                };
+                let mut targets = [Target {
+                    matrix: &matrix,
+                    out: &mut out,
+                }];
+                compute.product(rows, &mut targets, Combine::Store);
+                out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            assert_eq!(
+                multiplied(&x, Some(norm)),
+                multiplied(&normed, None),
+                "{rows} rows"
+            );
+        }
+    }
+}
+
+#[test]
+fn blocks_of_zeros_and_of_next_to_nothing_stay_what_they_are() {
+    // Sixteen columns of ones: products are sums of a row.
+    let ones: Vec<f32> = vec![1.0; 16 * 64];
+    let bytes: Vec<u8> = QTensor::quantize(&Tensor::new(ones, &Device::Cpu).unwrap(), GgmlDType::Q8_0)
+        .unwrap()
+        .data()
+        .unwrap()
+        .into_owned();
+    for compute in contexts() {
+        let matrix = pack(&compute, GgmlDType::Q8_0, &bytes, [16, 64]);
+        for rows in 1..=9 {
+            for number in [0.0, 1e-38, 1e-37, 5e-37, 1e-30] {
+                let mut x = vec![0.0_f32; rows * 64];
+                // The second block alone has numbers.
+                x.chunks_exact_mut(64).for_each(|row| row[32..].fill(number));
+                let mut out = vec![1.0; rows * 16];
+                product(&compute, &matrix, &x, &mut out, Combine::Store);
+                for out in out {
+                    // Below what 127 times an inverse can be, numbers may shrink and never grow or turn.
+                    let sum = 32.0 * number;
+                    let least = if number < 3.75e-37 { 0.0 } else { sum * 0.99 };
+                    assert!((least..=sum * 1.01).contains(&out), "{number} x 32: {out}");
+                }
+            }
+        }
     }
 }
 
