@@ -3,7 +3,8 @@
 The sdist of llama-cpp-python carries llama.cpp's whole source; its tools are built native (every instruction
 that this CPU has, OpenMP, the repacked weight kernels), without TLS and web page, which no figure needs.
 
-    python3 tests/peers/llama_cpp.py        prints the folder of the tools
+    python3 tests/peers/llama_cpp.py              prints the folder of the tools
+    python3 tests/peers/llama_cpp.py avx512_vnni  the same, built for processors that have that and nothing newer
 
 A wrapper that every build on a shared machine shall go through can be named in FREEHOLD_HEAVY."""
 
@@ -32,13 +33,33 @@ OPTIONS = {
     # A page out of a model hub, of which the server needs nothing.
     "LLAMA_USE_PREBUILT_UI": "OFF",
 }
+# Instead of native: what a processor has whose best is this, in ggml's own options.
+AVX2 = dict.fromkeys(("GGML_SSE42", "GGML_AVX", "GGML_F16C", "GGML_AVX2", "GGML_FMA", "GGML_BMI2"), "ON")
+KINDS = {
+    "avx2": AVX2,
+    "avx512_vnni": {**AVX2, **dict.fromkeys(("GGML_AVX512", "GGML_AVX512_VBMI", "GGML_AVX512_VNNI"), "ON")},
+}
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "freehold"
 FOLDER = CACHE / "peers" / "llama.cpp" / fetch.LLAMA_CPP
 
 
-def tool(name):
+def folder(kind=None):
+    """Where the tools lie: of the native build, or of one of `KINDS`."""
+    return FOLDER / (f"bin-{kind}" if kind else "bin")
+
+
+def tool(name, kind=None):
     """Where a tool of llama.cpp lies."""
-    return FOLDER / "bin" / name
+    return folder(kind) / name
+
+
+def options(kind):
+    """What cmake is told. In full, for a tree remembers what it was told for another kind; a native build looks at none of
+    these."""
+    if not kind:
+        return OPTIONS
+    none = {name: "OFF" for options in KINDS.values() for name in options}
+    return {**OPTIONS, "GGML_NATIVE": "OFF", **none, **KINDS[kind]}
 
 
 def need(program, package):
@@ -56,12 +77,12 @@ def fetch_source():
     return source
 
 
-def build(source):
+def build(source, kind):
     cmake, ninja = need("cmake", "cmake"), need("ninja", "ninja")
     tree = FOLDER / "build"
     heavy = os.environ.get("FREEHOLD_HEAVY", "").split()
     configure = [cmake, "-S", source, "-B", tree, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-                 *(f"-D{name}={value}" for name, value in OPTIONS.items())]
+                 *(f"-D{name}={value}" for name, value in options(kind).items())]
     subprocess.run(configure, check=True, stdout=sys.stderr)
     keep_tile_shapes(tree / "build.ninja")
     subprocess.run([*heavy, cmake, "--build", tree, "--parallel", str(os.cpu_count()), "--target", *TOOLS], check=True,
@@ -71,9 +92,8 @@ def build(source):
     staged.mkdir()
     for name in TOOLS:
         shutil.copy2(tree / "bin" / name, staged / name)
-    staged.rename(FOLDER / "bin")
-    # Some hundred megabytes of objects that nobody needs again.
-    shutil.rmtree(tree)
+    # The tree stays: another kind is built out of most of its objects.
+    staged.rename(folder(kind))
 
 
 def keep_tile_shapes(rules):
@@ -90,11 +110,11 @@ def keep_tile_shapes(rules):
     rules.write_text("\n".join(lines) + "\n")
 
 
-def provide():
+def provide(kind=None):
     """The folder of the tools; built if it is not there."""
-    if not (FOLDER / "bin").is_dir():
-        build(fetch_source())
-    return FOLDER / "bin"
+    if not folder(kind).is_dir():
+        build(fetch_source(), kind)
+    return folder(kind)
 
 
 def version():
@@ -111,5 +131,5 @@ def version():
 
 
 if __name__ == "__main__":
-    print(provide())
+    print(provide(*sys.argv[1:2]))
     print(version())

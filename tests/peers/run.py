@@ -33,6 +33,8 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 # What an instruction set gave stands between its own markers: ratios are another matter on each.
 BEGIN, END = "<!-- peers:begin {kind} -->", "<!-- peers:end {kind} -->"
 INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2")
+# What both can be held to that have better: Freehold's name for it, and what the processor must have for the peer's.
+HELD = {"avx512_vnni": ("avx-512-vnni", {"avx512_vnni", "avx512_vbmi"}), "avx2": ("avx2", {"avx2", "fma", "f16c", "bmi2"})}
 RAW = CACHE / "peers" / "latest.json"
 
 PREFILL, DECODE, SHORT_PROMPT, SEQUENCES = 512, 128, 16, (8, 16)
@@ -79,20 +81,20 @@ def json_lines(text):
 
 
 class Peer:
-    """llama.cpp on one file."""
+    """llama.cpp on one file; native, or built for a kind of processor."""
 
-    def __init__(self, path, threads):
-        self.path, self.threads = path, str(threads)
+    def __init__(self, path, threads, kind):
+        self.path, self.threads, self.kind = path, str(threads), kind
         self.best = {}
 
     def bench(self, attention, prompt, decode):
-        said, _, _ = finish([tool("llama-bench"), "-m", self.path, "-t", self.threads, "-r", "1", "-p", str(prompt), "-n",
+        said, _, _ = finish([tool("llama-bench", self.kind), "-m", self.path, "-t", self.threads, "-r", "1", "-p", str(prompt), "-n",
                              str(decode), *ATTENTION[attention], "-o", "jsonl"])
         return json_lines(said)[0]["avg_ts"]
 
     def batched(self, setting, sequences):
         cells = (SHORT_PROMPT + DECODE) * max(sequences)
-        said, _, peak = finish([tool("llama-batched-bench"), "-m", self.path, "-t", self.threads, "-tb", self.threads,
+        said, _, peak = finish([tool("llama-batched-bench", self.kind), "-m", self.path, "-t", self.threads, "-tb", self.threads,
                                 "-c", str(-(-cells // 256) * 256), "-b", "2048", "-ub", "512", "-npp", str(SHORT_PROMPT),
                                 "-ntg", str(DECODE), "-npl", ",".join(map(str, sequences)), *SETTINGS[setting],
                                 "--output-format", "jsonl"])
@@ -101,7 +103,7 @@ class Peer:
     def load_ms(self):
         """From where it begins to load the model until all stands ready to compute. What it prints as its load time is
         something else: the first evaluation."""
-        _, complained, _ = finish([tool("llama-completion"), "-m", self.path, "-t", self.threads, "-c", "1024", "-no-cnv",
+        _, complained, _ = finish([tool("llama-completion", self.kind), "-m", self.path, "-t", self.threads, "-c", "1024", "-no-cnv",
                                    "-p", "The", "-n", "1", "--no-warmup", "-fit", "off"])
         begin, end = (next(line for line in complained.splitlines() if what in line)
                       for what in ("load the model", "threadpool init"))
@@ -129,43 +131,47 @@ class Peer:
         return {**found, "load ms": self.load_ms(), "peak MiB": max(peaks) / 2**20}
 
 
-def freehold(path, threads):
-    """Freehold's engine on one file."""
+def bench(path, threads, kind, prompt, decode, sequences, *more):
+    """What `freehold bench` says of one file, and its peak of resident memory."""
+    instructions = ["--instructions", HELD[kind][0]] if kind else []
     said, _, peak = finish([FREEHOLD, "bench", path, "--json", "--rounds", "1", "--threads", str(threads), "--prompt-tokens",
-                            str(PREFILL), "--decode-tokens", str(DECODE), "--sequences",
-                            ",".join(map(str, (1, *SEQUENCES)))])
-    engine = json.loads(said)["engine"]
+                            str(prompt), "--decode-tokens", str(decode), "--sequences", ",".join(map(str, sequences)),
+                            *instructions, *more])
+    return json.loads(said)["engine"], peak
+
+
+def freehold(path, threads, kind):
+    """Freehold's engine on one file."""
+    engine, peak = bench(path, threads, kind, PREFILL, DECODE, (1, *SEQUENCES))
     paces = [engine["prefill"], *engine["decode"]]
     found = {figure: pace["tokens_per_second"]["median"] for figure, pace in zip(FIGURES, paces)}
-    return {**found, "load ms": load_ms(path, threads), "peak MiB": peak / 2**20}
+    return {**found, "load ms": load_ms(path, threads, kind), "peak MiB": peak / 2**20}
 
 
-def load_ms(path, threads):
+def load_ms(path, threads, kind):
     """Of two loads in processes of their own, one right after the other, the second, as with llama.cpp: a machine may
     give freed memory back to its host, and the first process after a rest waits until it has it again."""
     for _ in range(2):
-        said, _, _ = finish([FREEHOLD, "bench", path, "--json", "--rounds", "1", "--threads", str(threads),
-                             "--prompt-tokens", "16", "--decode-tokens", "4", "--sequences", "1"])
-    return json.loads(said)["engine"]["load_ms"]["median"]
+        engine, _ = bench(path, threads, kind, 16, 4, (1,))
+    return engine["load_ms"]["median"]
 
 
 def bandwidth(path, threads):
     """Bytes a second that this machine reads from memory, as `freehold bench` finds it."""
-    said, _, _ = finish([FREEHOLD, "bench", path, "--json", "--bandwidth", "--rounds", "1", "--threads", str(threads),
-                         "--prompt-tokens", "16", "--decode-tokens", "4", "--sequences", "1"])
-    return json.loads(said)["engine"]["memory_bytes_per_second"]
+    engine, _ = bench(path, threads, None, 16, 4, (1,), "--bandwidth")
+    return engine["memory_bytes_per_second"]
 
 
-def engines(files, rounds, threads):
+def engines(files, rounds, threads, kind):
     """For each file: the samples of both, and llama.cpp's best settings."""
     results = {}
     for name, path in files.items():
-        peer = Peer(path, threads)
+        peer = Peer(path, threads, kind)
         tell(f"{name}: llama.cpp's best settings")
         peer.calibrate()
         samples = {"freehold": [], "llama.cpp": []}
         for number in range(rounds):
-            order = [("freehold", lambda: freehold(path, threads)), ("llama.cpp", peer.measure)]
+            order = [("freehold", lambda: freehold(path, threads, kind)), ("llama.cpp", peer.measure)]
             for who, measure in order if number % 2 == 0 else reversed(order):
                 tell(f"{name}: round {number + 1} of {rounds}, {who}")
                 samples[who].append(measure())
@@ -323,12 +329,14 @@ def commit():
     return found.stdout.strip() or "unknown"
 
 
-def page(results, spoken, rounds, threads):
+def page(results, spoken, rounds, threads, kind):
+    built = f"both held to {kind}: llama.cpp built for that and nothing newer" if kind else "built native"
     lines = [f"{datetime.date.today()}, {machine()}; {threads} threads each; Freehold at commit {commit()}, release build; "
-             f"{llama_cpp.version()}, built native. Medians of {rounds} interleaved rounds; tokens/s where no unit stands.", ""]
+             f"{llama_cpp.version()}, {built}. Medians of {rounds} interleaved rounds; tokens/s where no unit stands.", ""]
+    held = f" --instructions {HELD[kind][0]}" if kind else ""
     if results:
         lines += engine_table(results) + ["", (
-            f"Prompts are random tokens. Freehold: `freehold bench FILE --rounds 1 --threads {threads}`, greedy sampling included; "
+            f"Prompts are random tokens. Freehold: `freehold bench FILE --rounds 1 --threads {threads}{held}`, greedy sampling included; "
             f"batches decode after prompts of {SHORT_PROMPT} tokens. llama.cpp: `llama-bench -p {PREFILL} -n {DECODE} -r 1` (no "
             f"sampling, decode from an empty context), `llama-batched-bench -npp {SHORT_PROMPT} -ntg {DECODE} -npl 8,16`, "
             "its load time is what its log says lies between the beginning and readiness (`llama-completion -fit off`); peak MiB is the largest resident memory of the process that "
@@ -340,12 +348,18 @@ def page(results, spoken, rounds, threads):
     return "\n".join(lines)
 
 
-def write(text):
-    begin, end = (marker.format(kind=instructions()) for marker in (BEGIN, END))
-    whole = PAGE.read_text()
-    if begin not in whole:
-        sys.exit(f"{PAGE.relative_to(ROOT)} has no place for a machine with {instructions()}: put the lines {begin} and {end} there")
-    before, rest = whole.split(begin, 1)
+def place(kind):
+    """The page's lines round the table."""
+    here = f"{kind} on {instructions()}" if kind else instructions()
+    begin, end = (marker.format(kind=here) for marker in (BEGIN, END))
+    if begin not in PAGE.read_text():
+        sys.exit(f"{PAGE.relative_to(ROOT)} has no place for {here}: put the lines {begin} and {end} there")
+    return begin, end
+
+
+def write(text, kind):
+    begin, end = place(kind)
+    before, rest = PAGE.read_text().split(begin, 1)
     _, after = rest.split(end, 1)
     PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}")
     tell(f"wrote {PAGE.relative_to(ROOT)}")
@@ -355,6 +369,8 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--instructions", choices=HELD, help="hold both to these, though the processor has better: how they stand "
+                        "on one that has not; engines alone")
     parser.add_argument("--only", default="", help="files whose name holds this text")
     parser.add_argument("--skip-engines", action="store_true", help="measure the chats alone")
     parser.add_argument("--skip-chats", action="store_true", help="measure the engines alone")
@@ -367,20 +383,25 @@ def main():
     asked = arguments()
     if not FREEHOLD.exists():
         sys.exit(f"{FREEHOLD} is not there: cargo build --release --bin freehold")
+    missing = HELD[asked.instructions][1] - set(flags()) if asked.instructions else set()
+    if missing:
+        sys.exit(f"this processor has no {', '.join(sorted(missing))}")
+    place(asked.instructions)
     files = models.provide()
+    llama_cpp.provide(asked.instructions)
     load = os.getloadavg()[0]
     if load > QUIET_LOAD and not asked.busy:
         sys.exit(f"the machine is not quiet (load {load:.2f}, allowed {QUIET_LOAD}): end what else runs and wait a minute, "
                  "or give --busy to see figures that are not written")
     chosen = {} if asked.skip_engines else {name: path for name, path in files.items() if asked.only in name}
-    results = engines(chosen, asked.rounds, asked.threads)
-    spoken = None if asked.skip_chats else chats(asked.chat_model, files[asked.chat_model], asked.rounds, asked.threads)
-    RAW.write_text(json.dumps({"engines": results, "chats": spoken}, indent=1))
+    results = engines(chosen, asked.rounds, asked.threads, asked.instructions)
+    spoken = None if asked.skip_chats or asked.instructions else chats(asked.chat_model, files[asked.chat_model], asked.rounds, asked.threads)
+    RAW.write_text(json.dumps({"held to": asked.instructions, "engines": results, "chats": spoken}, indent=1))
     tell(f"every sample is in {RAW}")
-    text = page(results, spoken, asked.rounds, asked.threads)
+    text = page(results, spoken, asked.rounds, asked.threads, asked.instructions)
     print(text)
-    if not asked.busy and len(chosen) == len(WANTED) and spoken:
-        write(text)
+    if not asked.busy and len(chosen) == len(WANTED) and (spoken or asked.instructions):
+        write(text, asked.instructions)
     else:
         tell(f"{PAGE.relative_to(ROOT)} was left as it is: it takes a whole run on a quiet machine")
 

@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use freehold_engine::{
-    Engine, EngineOptions, FinishReason, Finished, GenerateEvent, GenerateRequest, ModelKind, Prompt,
-    SamplingParams,
+    DeviceChoice, Engine, EngineOptions, FinishReason, Finished, GenerateEvent, GenerateRequest, ModelKind,
+    Prompt, SamplingParams,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -77,6 +77,11 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
     }
     let resident_worked_bytes = resident();
     let facts = bench.engine.facts().clone();
+    let device = match bench.engine.device() {
+        DeviceChoice::Auto | DeviceChoice::Cpu => "cpu",
+        DeviceChoice::Cuda => "cuda",
+        DeviceChoice::Metal => "metal",
+    };
     drop(bench);
     let mut load_ms = vec![first_load];
     for _ in 1..plan.rounds {
@@ -87,6 +92,7 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
         model: facts.summary(),
         file_bytes: facts.file_bytes,
         threads: plan.threads,
+        device,
         instructions: plan
             .instructions
             .clone()

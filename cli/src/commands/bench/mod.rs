@@ -175,7 +175,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
                 let threads = plan.threads.map_or_else(cores, |threads| threads as usize);
                 let measured =
                     tokio::task::spawn_blocking(move || bandwidth::measure(threads, bandwidth::BYTES));
-                figures.memory_bytes_per_second = Some(measured.await?);
+                figures.memory_bytes_per_second = Some(measured.await??);
             }
             report.engine = Some(figures);
             if through_gateway {
@@ -238,10 +238,12 @@ fn advance(bar: &ProgressBar, what: &str) {
 fn lines(report: &Report, rounds: usize) -> Vec<String> {
     let mut lines = Vec::new();
     if let Some(engine) = &report.engine {
-        lines.push(format!(
-            "{}, {}, medians of {rounds}",
-            engine.model, engine.instructions
-        ));
+        let computed = if engine.device == "cpu" {
+            &engine.instructions
+        } else {
+            engine.device
+        };
+        lines.push(format!("{}, {computed}, medians of {rounds}", engine.model));
         lines.extend(output::align(&engine_rows(engine)));
     }
     if let Some(http) = &report.http {

@@ -25,7 +25,9 @@ pub struct EngineFigures {
     /// Threads that computed; absent: as many as the process may keep busy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<u32>,
-    /// Vector instructions that the kernels were of.
+    /// What computed: `cpu`, `cuda` or `metal`.
+    pub device: &'static str,
+    /// Vector instructions that the CPU's kernels were of; what a GPU leaves to the CPU runs on them too.
     pub instructions: String,
     /// Milliseconds from opening the file to the end of the first forward pass.
     pub load_ms: Samples,
