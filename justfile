@@ -52,6 +52,10 @@ bench-peers *ARGS:
     cargo build --release --bin freehold
     python3 tests/peers/run.py {{ARGS}}
 
+# The kernels by themselves, at every level of this processor: products of each format, rounding, attention
+bench-kernels:
+    cargo test -p freehold-engine --lib -- --ignored --nocapture --test-threads 1 pace_of
+
 # One model on this machine: `just bench-model FILE --http`
 bench-model FILE *ARGS:
     cargo run --release --bin freehold -- bench {{FILE}} {{ARGS}}

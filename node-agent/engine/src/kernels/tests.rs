@@ -11,6 +11,7 @@ use super::vector::{HeadShape, Norm, argmax};
 use super::*;
 
 mod levels;
+mod pace;
 
 const QUANTIZED: [GgmlDType; 10] = [
     GgmlDType::Q4_0,

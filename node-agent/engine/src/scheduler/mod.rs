@@ -6,9 +6,10 @@
 //!                                        └── cancelled, finished: blocks come back
 //! ```
 //! Continuous batching: every step holds a row of each answer under way, the rows of what is guessed to come
-//! after it ([`lookup`], [`draft`]), and now and then a chunk of a prompt, so seldom that the answers keep
-//! half their pace ([`pace`]). Admission goes by free blocks of the cache; callers take turns ([`turns`]), and each
-//! of them is served in the order of its requests; a request that begins like one that is being read waits for that and shares its blocks. Where blocks run out, the
+//! after it ([`lookup`], [`draft`]; whether that pays, [`cost`] and [`success`] know), and now and then a chunk
+//! of a prompt, so seldom that the answers keep half their pace ([`pace`]). Admission goes by free blocks of
+//! the cache; callers take turns ([`turns`]), and each of them is served in the order of its requests; a request
+//! that begins like one that is being read waits for that and shares its blocks. Where blocks run out, the
 //! answer that came last gives its own up, waits, and goes on where it was: nothing that was begun fails for
 //! want of memory.
 
