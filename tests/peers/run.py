@@ -34,7 +34,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- peers:begin {kind} -->", "<!-- peers:end {kind} -->"
 INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2")
 # What both can be held to that have better: Freehold's name for it, and what the processor must have for the peer's.
-HELD = {"avx512_vnni": ("avx-512-vnni", {"avx512_vnni", "avx512_vbmi"}), "avx2": ("avx2", {"avx2", "fma", "f16c", "bmi2"})}
+HELD = {"avx512_vnni": ("avx-512-vnni", {"avx512_vnni", "avx512vbmi"}), "avx2": ("avx2", {"avx2", "fma", "f16c", "bmi2"})}
 RAW = CACHE / "peers" / "latest.json"
 
 PREFILL, DECODE, SHORT_PROMPT, SEQUENCES = 512, 128, 16, (8, 16)
