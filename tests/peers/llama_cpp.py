@@ -58,6 +58,8 @@ def options(kind):
     these."""
     if not kind:
         return OPTIONS
+    if kind not in KINDS:
+        sys.exit(f"{kind} is none of the kinds that llama.cpp is built for here: {', '.join(KINDS)}, or none for this processor")
     none = {name: "OFF" for options in KINDS.values() for name in options}
     return {**OPTIONS, "GGML_NATIVE": "OFF", **none, **KINDS[kind]}
 

@@ -386,7 +386,9 @@ def main():
     missing = HELD[asked.instructions][1] - set(flags()) if asked.instructions else set()
     if missing:
         sys.exit(f"this processor has no {', '.join(sorted(missing))}")
-    place(asked.instructions)
+    written = not (asked.busy or asked.only or asked.skip_engines or (asked.skip_chats and not asked.instructions))
+    if written:
+        place(asked.instructions)
     files = models.provide()
     llama_cpp.provide(asked.instructions)
     load = os.getloadavg()[0]
@@ -400,7 +402,7 @@ def main():
     tell(f"every sample is in {RAW}")
     text = page(results, spoken, asked.rounds, asked.threads, asked.instructions)
     print(text)
-    if not asked.busy and len(chosen) == len(WANTED) and (spoken or asked.instructions):
+    if written:
         write(text, asked.instructions)
     else:
         tell(f"{PAGE.relative_to(ROOT)} was left as it is: it takes a whole run on a quiet machine")
