@@ -11,11 +11,11 @@ use std::arch::aarch64::{
     vandq_s32, vandq_u8, vbslq_f32, vcgtq_f32, vcltq_f32, vcombine_s8, vcombine_s16, vcvtnq_s32_f32,
     vcvtq_f32_s32, vdivq_f32, vdupq_n_f32, vdupq_n_s8, vdupq_n_s32, vdupq_n_u8, veorq_u8, vfmaq_f32,
     vget_high_f32, vget_high_s8, vget_high_s16, vget_lane_f32, vget_low_f32, vget_low_s8, vget_low_s16,
-    vld1_s8, vld1_u16, vld1q_f32, vld1q_s32, vld1q_u8, vmaxnmq_f32, vmaxnmvq_f32, vmovl_s8, vmovl_s16,
-    vmovl_u16, vmull_s8, vmulq_f32, vorrq_s32, vorrq_u8, vpaddlq_s16, vpaddq_s32, vqmovn_s16, vqmovn_s32,
-    vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s8_s32, vreinterpretq_s8_u8,
-    vreinterpretq_s32_u32, vreinterpretq_u32_s32, vshlq_n_s32, vshlq_n_u32, vshlq_u8, vshlq_u32, vshrq_n_u8,
-    vst1q_f32, vst1q_s8, vst1q_s32, vst1q_u8, vsubq_f32,
+    vld1_s8, vld1_u16, vld1q_f32, vld1q_s32, vld1q_u8, vmaxnmq_f32, vmaxnmvq_f32, vmaxvq_u32, vmovl_s8,
+    vmovl_s16, vmovl_u16, vmull_s8, vmulq_f32, vorrq_s32, vorrq_u8, vorrq_u32, vpaddlq_s16, vpaddq_s32,
+    vqmovn_s16, vqmovn_s32, vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s8_s32,
+    vreinterpretq_s8_u8, vreinterpretq_s32_u32, vreinterpretq_u32_s32, vshlq_n_s32, vshlq_n_u32, vshlq_u8,
+    vshlq_u32, vshrq_n_u8, vst1q_f32, vst1q_s8, vst1q_s32, vst1q_u8, vsubq_f32,
 };
 use std::arch::asm;
 
@@ -211,6 +211,16 @@ impl<const HAS: u8> Simd for Neon<HAS> {
     #[inline(always)]
     fn reduce_max(self, a: Self::F) -> f32 {
         unsafe { vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a[0], a[2]), vmaxnmq_f32(a[1], a[3]))) }
+    }
+    #[inline(always)]
+    fn any_above(self, a: Self::F, b: Self::F) -> bool {
+        unsafe {
+            let above = [
+                vorrq_u32(vcgtq_f32(a[0], b[0]), vcgtq_f32(a[1], b[1])),
+                vorrq_u32(vcgtq_f32(a[2], b[2]), vcgtq_f32(a[3], b[3])),
+            ];
+            vmaxvq_u32(vorrq_u32(above[0], above[1])) != 0
+        }
     }
     #[inline(always)]
     fn reduce_add(self, a: Self::F) -> f32 {

@@ -8,8 +8,11 @@
 //! In a block, keys lie transposed, `[head_dim, 32]`: 32 scores come out of as many additions as there are
 //! dimensions, and nothing is summed across lanes. Values lie `[32, padded head_dim]`.
 
+use std::cell::RefCell;
+
 pub(crate) use super::block::Numbers;
-use super::block::{Block, Lie, queries_at_once, widen};
+use super::block::{Block, Lie, partial_numbers, queries_at_once, widen};
+use super::lines::Lines;
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd, exp};
 use super::{Compute, Operation};
@@ -93,12 +96,6 @@ impl Attention {
             (run.position + run.rows - 1) / STRETCH_TOKENS,
         )
     }
-
-    /// Numbers that are kept of a query and a stretch: the sums of values, the largest score, the sum of
-    /// weights.
-    fn partial_numbers(&self) -> usize {
-        padded(self.head_dim) + LANES
-    }
 }
 
 impl Compute {
@@ -116,12 +113,13 @@ impl Compute {
     ) {
         assert_eq!(queries.len(), out.len());
         let width = attention.heads * attention.head_dim;
-        let (group, numbers) = (attention.group(), attention.partial_numbers());
+        let (group, numbers) = (attention.group(), partial_numbers(attention.head_dim));
         let mut pieces = Vec::new();
         let mut partials = 0;
         for run in runs {
             assert!((run.first_row + run.rows) * width <= out.len());
-            for start in (0..run.rows).step_by(ROWS_PER_PIECE) {
+            // The last see most, and come first: threads share the small pieces at the end.
+            for start in (0..run.rows).step_by(ROWS_PER_PIECE).rev() {
                 let part = Run {
                     first_row: run.first_row + start,
                     rows: ROWS_PER_PIECE.min(run.rows - start),
@@ -194,8 +192,8 @@ impl Compute {
 
 /// The sums of values over the sum of weights.
 fn finish(total: &[f32], out: &mut [f32]) {
-    let padded = total.len() - LANES;
-    let inverse = 1.0 / total[padded + 1];
+    let weights = &total[total.len() - 2 * LANES..total.len() - LANES];
+    let inverse = 1.0 / weights.iter().sum::<f32>();
     for (out, x) in out.iter_mut().zip(total) {
         *out = x * inverse;
     }
@@ -213,27 +211,27 @@ impl Operation for Join<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let padded = self.numbers - LANES;
         let pairs = self
             .total
             .chunks_exact_mut(self.numbers)
             .zip(self.next.chunks_exact(self.numbers));
         for (total, next) in pairs {
+            let reference = self.numbers - LANES;
             // A stretch of which the window shows nothing.
-            if next[padded + 1] == 0.0 {
+            if next[reference] == f32::NEG_INFINITY {
                 continue;
             }
-            if total[padded + 1] == 0.0 {
+            if total[reference] == f32::NEG_INFINITY {
                 total.copy_from_slice(next);
                 continue;
             }
-            let most = total[padded].max(next[padded]);
+            let most = total[reference].max(next[reference]);
             let (a, b) = (
-                shrink(simd, total[padded], most),
-                shrink(simd, next[padded], most),
+                shrink(simd, total[reference], most),
+                shrink(simd, next[reference], most),
             );
-            for start in (0..padded).step_by(LANES) {
-                // SAFETY: both hold `padded` numbers, a multiple of 16, and 16 more.
+            for start in (0..reference).step_by(LANES) {
+                // SAFETY: both hold `reference` numbers, a multiple of 16, and 16 more.
                 unsafe {
                     let place = total.as_mut_ptr().add(start);
                     let sum = simd.mul(simd.load(place), simd.splat(a));
@@ -241,8 +239,7 @@ impl Operation for Join<'_> {
                     simd.store(place, sum);
                 }
             }
-            total[padded + 1] = total[padded + 1] * a + next[padded + 1] * b;
-            total[padded] = most;
+            total[reference] = most;
         }
     }
 }
@@ -254,6 +251,20 @@ fn shrink<S: Simd>(simd: S, from: f32, to: f32) -> f32 {
     // SAFETY: `lanes` has 16 places.
     unsafe { simd.store(lanes.as_mut_ptr(), exp(simd, simd.splat(from - to))) }
     lanes[0]
+}
+
+/// What a thread keeps from one piece to the next: room whose numbers are written before they are read.
+#[derive(Default)]
+struct Room {
+    queries: Lines,
+    total: Lines,
+    part: Lines,
+    /// Keys and values of a block.
+    wide: [Lines; 2],
+}
+
+thread_local! {
+    static ROOM: RefCell<Room> = RefCell::default();
 }
 
 /// One piece of work.
@@ -274,11 +285,23 @@ impl Operation for Stretch<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let (attention, run) = (self.attention, self.piece.run);
-        let (dim, group, numbers) = (attention.head_dim, attention.group(), attention.partial_numbers());
+        let (dim, group, numbers) = (
+            attention.head_dim,
+            attention.group(),
+            partial_numbers(attention.head_dim),
+        );
         let padded = padded(dim);
         let count = run.rows * group;
+        // Taken, so that a thread that is asked for another piece meanwhile has room of its own.
+        let mut room = ROOM.take();
+        let Room {
+            queries,
+            total,
+            part,
+            wide,
+        } = &mut room;
         // Queries of the piece, `[rows, group]`, scaled.
-        let mut queries = vec![0.0_f32; count * padded];
+        queries.set_length(count * padded);
         for (index, query) in queries.chunks_exact_mut(padded).enumerate() {
             let (row, head) = (index / group, self.piece.kv_head * group + index % group);
             let start = ((run.first_row + row) * attention.heads + head) * dim;
@@ -286,20 +309,20 @@ impl Operation for Stretch<'_> {
                 *to = from * attention.scale;
             }
         }
-        let mut total = vec![0.0_f32; count * numbers];
         let (first, last) = self.piece.stretches;
-        let mut part = vec![0.0_f32; if first < last { count * numbers } else { 0 }];
+        total.set_length(count * numbers);
+        part.set_length(if first < last { count * numbers } else { 0 });
         for stretch in first..=last {
-            let to = if stretch == first { &mut total } else { &mut part };
+            let to: &mut [f32] = if stretch == first { total } else { part };
             to.chunks_exact_mut(numbers).for_each(|numbers| {
                 numbers.fill(0.0);
-                numbers[padded] = f32::NEG_INFINITY;
+                numbers[padded + LANES] = f32::NEG_INFINITY;
             });
-            self.stretch(simd, stretch, &queries, to);
+            self.stretch(simd, stretch, queries, to, wide);
             if stretch != first {
                 Join {
-                    total: &mut total,
-                    next: &part,
+                    total,
+                    next: part,
                     numbers,
                 }
                 .run(simd);
@@ -307,8 +330,8 @@ impl Operation for Stretch<'_> {
         }
         if let Some(first) = self.piece.partial {
             // SAFETY: the queries of each piece have places of their own.
-            unsafe { self.partials.slice(first * numbers..(first + count) * numbers) }
-                .copy_from_slice(&total);
+            unsafe { self.partials.slice(first * numbers..(first + count) * numbers) }.copy_from_slice(total);
+            ROOM.replace(room);
             return;
         }
         for (index, total) in total.chunks_exact(numbers).enumerate() {
@@ -317,15 +340,23 @@ impl Operation for Stretch<'_> {
             // SAFETY: this row and head belong to this piece alone; the lengths were asserted.
             finish(total, unsafe { self.out.slice(start..start + dim) });
         }
+        ROOM.replace(room);
     }
 }
 
 impl Stretch<'_> {
     /// Adds a stretch's blocks to the partial results of all queries.
     #[inline(always)]
-    fn stretch<S: Simd>(&self, simd: S, stretch: usize, queries: &[f32], partials: &mut [f32]) {
+    fn stretch<S: Simd>(
+        &self,
+        simd: S,
+        stretch: usize,
+        queries: &[f32],
+        partials: &mut [f32],
+        [wide_keys, wide_values]: &mut [Lines; 2],
+    ) {
         let (attention, run) = (self.attention, self.piece.run);
-        let (group, numbers) = (attention.group(), attention.partial_numbers());
+        let (group, numbers) = (attention.group(), partial_numbers(attention.head_dim));
         let padded = padded(attention.head_dim);
         let end = (run.position + run.rows).min((stretch + 1) * STRETCH_TOKENS);
         let begin = attention
@@ -333,14 +364,13 @@ impl Stretch<'_> {
             .max(stretch * STRETCH_TOKENS);
         // Many queries: the numbers are widened once. Few: as they are read.
         let few = run.rows * group <= queries_at_once::<S>();
-        let mut rows = Vec::new();
         for block in begin / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS) {
             let start = block * BLOCK_TOKENS;
             let (keys, values) = self.cache.block(run.sequence, block, self.piece.kv_head);
             let (keys, values) = match (keys, values) {
                 (keys @ (Numbers::F16(_) | Numbers::Q8(..)), values) if !few => {
-                    rows.resize(keys.len() + values.len(), 0.0);
-                    let (wide_keys, wide_values) = rows.split_at_mut(keys.len());
+                    wide_keys.set_length(keys.len());
+                    wide_values.set_length(values.len());
                     widen(simd, keys, Lie::Keys, attention.head_dim, wide_keys);
                     widen(
                         simd,

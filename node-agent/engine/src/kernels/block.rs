@@ -5,6 +5,10 @@ use half::f16;
 use super::attention::{BLOCK_TOKENS, QUERIES, SCALE_DIMS, padded};
 use super::simd::{LANES, Simd, exp};
 
+/// How far a score may lie above the one that a query's weights refer to, before they refer to it: up to e^8 a weight is
+/// as good a float as up to 1, and what was summed up need not be scaled again for every new largest score.
+const RISE: f32 = 8.0;
+
 /// Numbers of the cache.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Numbers<'a> {
@@ -29,15 +33,36 @@ pub(super) fn widen<S: Simd>(simd: S, from: Numbers<'_>, lie: Lie, dim: usize, t
         Lie::Keys => dim * BLOCK_TOKENS,
         Lie::Values { .. } => from.len(),
     };
-    for start in (0..end.min(from.len())).step_by(LANES) {
-        // SAFETY: both have 16 numbers from `start` on, whose first dimension is below `dim`: padding is
-        // less than 16 numbers long.
+    let to = &mut to[..end.min(from.len())];
+    // What numbers they are is asked here, not for each vector.
+    match from {
+        Numbers::F16(x) => widen_each(simd, Numbers::F16(x), lie, to),
+        Numbers::F32(x) => to.copy_from_slice(&x[..to.len()]),
+        Numbers::Q8(x, scales) => widen_each(simd, Numbers::Q8(x, scales), lie, to),
+    }
+}
+
+#[inline(always)]
+fn widen_each<S: Simd>(simd: S, from: Numbers<'_>, lie: Lie, to: &mut [f32]) {
+    for start in (0..to.len()).step_by(LANES) {
+        // SAFETY: as `widen` asserts, both have 16 numbers from `start` on, whose first dimension is below `dim`:
+        // padding is less than 16 numbers long.
         unsafe {
             let x = from.load(simd, start, lie);
             simd.store(to.as_mut_ptr().add(start), x);
         }
     }
 }
+
+/// Numbers that are kept of a query while blocks are added to it: its sums of values, its sums of weights by lanes, the score
+/// that weights refer to.
+pub(super) fn partial_numbers(dim: usize) -> usize {
+    padded(dim) + 2 * LANES
+}
+
+/// Scores of some queries, then their weights.
+#[repr(align(64))]
+struct Weights<const N: usize>([[f32; BLOCK_TOKENS]; N]);
 
 /// One block of the cache and what each query may see of it.
 pub(super) struct Block<'a> {
@@ -125,7 +150,7 @@ impl Block<'_> {
     #[inline(always)]
     pub(super) fn queries<S: Simd, const N: usize>(&self, simd: S, queries: &[f32], partials: &mut [f32]) {
         let (dim, padded) = (self.dim, padded(self.dim));
-        let numbers = padded + LANES;
+        let numbers = partial_numbers(self.dim);
         assert!(queries.len() == N * padded && partials.len() == N * numbers);
         assert!(self.keys.len() >= dim * BLOCK_TOKENS && self.values.len() >= BLOCK_TOKENS * padded);
         assert!(self.keys.has_scales(dim) && self.values.has_scales(dim));
@@ -138,18 +163,19 @@ impl Block<'_> {
             // Before all their windows, or behind all of them.
             return;
         };
-        let mut weights = [[0.0_f32; BLOCK_TOKENS]; N];
+        let mut weights = Weights([[0.0; BLOCK_TOKENS]; N]);
+        let Weights(weights) = &mut weights;
         if 2 * N <= S::SUMS {
-            self.scores::<S, N, 2>(simd, 0, queries, &mut weights);
+            self.scores::<S, N, 2>(simd, 0, queries, weights);
         } else {
-            self.scores::<S, N, 1>(simd, 0, queries, &mut weights);
-            self.scores::<S, N, 1>(simd, LANES, queries, &mut weights);
+            self.scores::<S, N, 1>(simd, 0, queries, weights);
+            self.scores::<S, N, 1>(simd, LANES, queries, weights);
         }
-        let factors = self.weigh(simd, &mut weights, partials);
+        let factors = self.weigh(simd, weights, partials);
         // Several vectors at once, so that additions do not wait for each other.
         let mut start = 0;
         while start < padded {
-            let what = (&weights, &factors, seen, start);
+            let what = (&*weights, &factors, seen, start);
             if padded - start >= 4 * LANES && N * 4 <= S::SUMS {
                 self.sum_values::<S, N, 4>(simd, what, partials);
                 start += 4 * LANES;
@@ -222,7 +248,7 @@ impl Block<'_> {
         partials: &mut [f32],
     ) {
         let padded = padded(self.dim);
-        let numbers = padded + LANES;
+        let numbers = partial_numbers(self.dim);
         assert!(start + D * LANES <= padded && partials.len() == N * numbers && seen <= BLOCK_TOKENS);
         assert!(self.values.len() >= BLOCK_TOKENS * padded && self.values.has_scales(self.dim));
         // SAFETY: the assertions; what is read of `values` below `seen` was written before.
@@ -256,8 +282,8 @@ impl Block<'_> {
         }
     }
 
-    /// Turns scores into weights. Gives what each query's earlier sums have to be multiplied with, so that the largest
-    /// score weighs 1.
+    /// Turns scores into weights, and adds them to the sums of weights. Gives what each query's earlier sums have to be
+    /// multiplied with.
     ///
     /// One step after the other for all queries, so that none waits for its own step before.
     #[inline(always)]
@@ -267,32 +293,24 @@ impl Block<'_> {
         scores: &mut [[f32; BLOCK_TOKENS]; N],
         partials: &mut [f32],
     ) -> [f32; N] {
-        const { assert!(N <= LANES) }
-        let padded = padded(self.dim);
-        let numbers = padded + LANES;
+        let (sums, reference) = (padded(self.dim), padded(self.dim) + LANES);
+        let numbers = partial_numbers(self.dim);
         assert!(partials.len() == N * numbers);
-        let mut most = [0.0_f32; N];
-        // What earlier sums are multiplied with is a power of e.
-        let mut exponents = [0.0_f32; LANES];
+        let mut rises = false;
         for (query, scores) in scores.iter_mut().enumerate() {
             let (from, to) = self.bounds[query];
             if (from, to) != (0, BLOCK_TOKENS) {
                 scores[..from].fill(f32::NEG_INFINITY);
                 scores[to.max(from)..].fill(f32::NEG_INFINITY);
             }
-            let before = partials[query * numbers + padded];
-            // SAFETY: there are 32 scores.
-            let largest = unsafe {
-                let halves = [simd.load(scores.as_ptr()), simd.load(scores.as_ptr().add(LANES))];
-                simd.reduce_max(simd.max(halves[0], halves[1]))
-            };
-            most[query] = before.max(largest);
-            exponents[query] = before - most[query];
+            let most = simd.splat(partials[query * numbers + reference] + RISE);
+            rises |= simd.any_above(largest(simd, scores), most);
         }
-        let mut powers = [0.0_f32; LANES];
-        // SAFETY: both have 16 places.
-        unsafe { simd.store(powers.as_mut_ptr(), exp(simd, simd.load(exponents.as_ptr()))) }
-        let mut factors = [1.0_f32; N];
+        let factors = if rises {
+            self.raise(simd, scores, partials)
+        } else {
+            [1.0; N]
+        };
         for (query, scores) in scores.iter_mut().enumerate() {
             let (from, to) = self.bounds[query];
             if from >= to {
@@ -300,26 +318,71 @@ impl Block<'_> {
                 continue;
             }
             let partial = &mut partials[query * numbers..(query + 1) * numbers];
-            if most[query] > partial[padded] {
-                factors[query] = powers[query];
-                partial[padded] = most[query];
-            }
-            let most = simd.splat(most[query]);
-            // SAFETY: there are 32 scores.
+            let reference = simd.splat(partial[reference]);
+            // SAFETY: there are 32 scores, 16 sums of weights, and 32 ones or zeros from either place on.
             unsafe {
-                for half in 0..2 {
+                let mut weights = [simd.splat(0.0); 2];
+                for (half, weights) in weights.iter_mut().enumerate() {
                     let place = scores.as_mut_ptr().add(half * LANES);
-                    simd.store(place, exp(simd, simd.sub(simd.load(place), most)));
+                    *weights = exp(simd, simd.sub(simd.load(place), reference));
+                    if (from, to) != (0, BLOCK_TOKENS) {
+                        let seen = SEEN.as_ptr().add(half * LANES);
+                        *weights = simd.mul(*weights, simd.load(seen.add(BLOCK_TOKENS - from)));
+                        *weights = simd.mul(*weights, simd.load(seen.add(2 * BLOCK_TOKENS - to)));
+                    }
+                    simd.store(place, *weights);
                 }
-                if (from, to) != (0, BLOCK_TOKENS) {
-                    scores[..from].fill(0.0);
-                    scores[to..].fill(0.0);
-                }
-                let halves = [simd.load(scores.as_ptr()), simd.load(scores.as_ptr().add(LANES))];
-                let sum = simd.reduce_add(simd.add(halves[0], halves[1]));
-                partial[padded + 1] = partial[padded + 1] * factors[query] + sum;
+                let place = partial.as_mut_ptr().add(sums);
+                let earlier = simd.mul(simd.load(place), simd.splat(factors[query]));
+                simd.store(place, simd.add(earlier, simd.add(weights[0], weights[1])));
             }
         }
         factors
     }
+
+    /// Lets weights refer to the block's largest score, of those queries for which it lies too far above the one before.
+    /// Gives what each query's earlier sums have to be multiplied with.
+    #[inline(always)]
+    fn raise<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        scores: &[[f32; BLOCK_TOKENS]; N],
+        partials: &mut [f32],
+    ) -> [f32; N] {
+        const { assert!(N <= LANES) }
+        let numbers = partial_numbers(self.dim);
+        let reference = padded(self.dim) + LANES;
+        // What earlier sums are multiplied with is a power of e.
+        let mut exponents = [0.0_f32; LANES];
+        for (query, scores) in scores.iter().enumerate() {
+            let most = simd.reduce_max(largest(simd, scores));
+            let before = &mut partials[query * numbers + reference];
+            if most > *before + RISE {
+                exponents[query] = *before - most;
+                *before = most;
+            }
+        }
+        let mut powers = [0.0_f32; LANES];
+        // SAFETY: both have 16 places.
+        unsafe { simd.store(powers.as_mut_ptr(), exp(simd, simd.load(exponents.as_ptr()))) }
+        std::array::from_fn(|query| powers[query])
+    }
 }
+
+/// The larger of the first and the last 16 scores.
+#[inline(always)]
+fn largest<S: Simd>(simd: S, scores: &[f32; BLOCK_TOKENS]) -> S::F {
+    // SAFETY: there are 32 scores.
+    unsafe { simd.max(simd.load(scores.as_ptr()), simd.load(scores.as_ptr().add(LANES))) }
+}
+
+/// From `32 - from` on, zeros up to `from` and ones behind; from `64 - to` on, ones up to `to` and zeros behind.
+static SEEN: [f32; 3 * BLOCK_TOKENS] = {
+    let mut seen = [0.0; 3 * BLOCK_TOKENS];
+    let mut token = BLOCK_TOKENS;
+    while token < 2 * BLOCK_TOKENS {
+        seen[token] = 1.0;
+        token += 1;
+    }
+    seen
+};

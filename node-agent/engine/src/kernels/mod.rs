@@ -34,6 +34,7 @@ mod block;
 mod cores;
 pub(crate) mod encode;
 mod floats;
+mod lines;
 mod memory;
 mod panel;
 pub(crate) mod pool;

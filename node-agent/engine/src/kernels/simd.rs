@@ -49,6 +49,8 @@ pub(crate) trait Simd: Copy {
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     fn abs(self, a: Self::F) -> Self::F;
     fn reduce_max(self, a: Self::F) -> f32;
+    /// Whether a lane of `a` is larger than that of `b`.
+    fn any_above(self, a: Self::F, b: Self::F) -> bool;
     /// The sum of the lanes, halves added to halves.
     fn reduce_add(self, a: Self::F) -> f32;
     /// To the nearest integers, ties to even.
@@ -213,6 +215,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn reduce_max(self, a: Self::F) -> f32 {
         a.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    fn any_above(self, a: Self::F, b: Self::F) -> bool {
+        a.iter().zip(&b).any(|(a, b)| a > b)
     }
     #[inline(always)]
     fn reduce_add(self, mut a: Self::F) -> f32 {

@@ -213,15 +213,15 @@ fn attention_is_the_same_at_every_level_to_the_bit() {
         ];
         for (cache, rows) in caches.iter().flat_map(|cache| [1, 7].map(|rows| (cache, rows))) {
             let queries = numbers(&mut rng, rows * 2 * head_dim);
-            for window in [None, Some(70)] {
+            for (window, scale) in [(None, 0.1), (Some(70), 0.1), (None, 4.0)] {
                 same_bits(
-                    &format!("{rows} rows of {head_dim}, window {window:?}"),
+                    &format!("{rows} rows of {head_dim}, window {window:?}, scale {scale}"),
                     |compute| {
                         let attention = Attention {
                             heads: 2,
                             kv_heads: 1,
                             head_dim,
-                            scale: 0.1,
+                            scale,
                             window,
                         };
                         let run = Run {
