@@ -15,6 +15,7 @@ use super::block::{Block, Lie, partial_numbers, queries_at_once, widen};
 use super::lines::Lines;
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd, exp};
+use super::vector::Turn;
 use super::{Compute, Operation};
 
 /// Tokens in a block of the cache.
@@ -99,7 +100,8 @@ impl Attention {
 }
 
 impl Compute {
-    /// `queries` and `out` are `[rows, heads, head_dim]`; keys and values of all rows are in the cache.
+    /// `queries` and `out` are `[rows, heads, head_dim]`; keys and values of all rows are in the cache. Queries are turned
+    /// as they are read.
     ///
     /// # Panics
     /// When lengths do not fit.
@@ -108,7 +110,7 @@ impl Compute {
         attention: &Attention,
         cache: &dyn Cache,
         runs: &[Run],
-        queries: &[f32],
+        (queries, turn): (&[f32], Option<&Turn<'_>>),
         out: &mut [f32],
     ) {
         assert_eq!(queries.len(), out.len());
@@ -157,6 +159,7 @@ impl Compute {
                 attention,
                 cache,
                 queries,
+                turn,
                 piece: pieces[index],
                 after: pieces.get(index + 1).copied(),
                 out: shared_out,
@@ -272,6 +275,7 @@ struct Stretch<'a> {
     attention: &'a Attention,
     cache: &'a dyn Cache,
     queries: &'a [f32],
+    turn: Option<&'a Turn<'a>>,
     piece: Piece,
     /// What this thread will most likely work on next.
     after: Option<Piece>,
@@ -300,14 +304,17 @@ impl Operation for Stretch<'_> {
             part,
             wide,
         } = &mut room;
-        // Queries of the piece, `[rows, group]`, scaled.
+        // Queries of the piece, `[rows, group]`, turned and scaled.
         queries.set_length(count * padded);
         for (index, query) in queries.chunks_exact_mut(padded).enumerate() {
             let (row, head) = (index / group, self.piece.kv_head * group + index % group);
             let start = ((run.first_row + row) * attention.heads + head) * dim;
-            for (to, from) in query.iter_mut().zip(&self.queries[start..start + dim]) {
-                *to = from * attention.scale;
+            let query = &mut query[..dim];
+            query.copy_from_slice(&self.queries[start..start + dim]);
+            if let Some(turn) = self.turn {
+                turn.head(simd, run.first_row + row, query);
             }
+            query.iter_mut().for_each(|x| *x *= attention.scale);
         }
         let (first, last) = self.piece.stretches;
         total.set_length(count * numbers);

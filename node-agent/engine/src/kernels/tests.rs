@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::attention::{Attention, BLOCK_TOKENS, Cache, Numbers, Run, SCALE_DIMS, padded};
-use super::vector::{HeadShape, Norm, argmax};
+use super::vector::{Norm, Turn, argmax};
 use super::*;
 
 mod levels;
@@ -353,10 +353,22 @@ fn norms_and_sums_equal_plain_arithmetic() {
             };
             compute.normalize(norm, &x, &mut out);
             close(&out, &expected, 1e-5, "norm");
-            let mut sum = x.clone();
-            compute.add(&mut sum, &out);
-            let expected: Vec<f64> = x.iter().zip(&expected).map(|(a, b)| f64::from(*a) + b).collect();
-            close(&sum, &expected, 1e-5, "sum");
+            let plus = |more: &dyn Fn(usize) -> f64| -> Vec<f64> {
+                x.iter()
+                    .enumerate()
+                    .map(|(index, x)| f64::from(*x) + more(index))
+                    .collect()
+            };
+            for (norm, by) in [(Some(norm), 1.0), (Some(norm), 0.5), (None, 2.0)] {
+                let mut sum = x.clone();
+                compute.add(&mut sum, &x, norm, by);
+                let by = f64::from(by);
+                let more = |index: usize| match norm {
+                    Some(_) => expected[index] * by,
+                    None => f64::from(x[index]) * by,
+                };
+                close(&sum, &plus(&more), 1e-5, "sum");
+            }
         }
     }
     assert_eq!(argmax(&[1.0, 5.0, f32::NAN, 5.0]), Some(1));
@@ -389,8 +401,17 @@ fn heads_turn_in_both_ways_of_pairing() {
                     }
                 }
             }
+            let turn = Turn {
+                norm: None,
+                cos: &cos,
+                sin: &sin,
+                half,
+                halves,
+            };
             let mut out = x.clone();
-            compute.rotate(&mut out, HeadShape { heads, head_dim }, &cos, &sin, halves);
+            for (row, heads) in out.chunks_exact_mut(heads * head_dim).enumerate() {
+                compute.turn(&turn, row, heads, head_dim);
+            }
             close(&out, &expected, 1e-6, "rotation");
         }
     }
@@ -493,7 +514,7 @@ fn attention_equals_plain_arithmetic_and_no_row_knows_the_others() {
                     position,
                 };
                 let mut together = vec![0.0; queries.len()];
-                compute.attend(&attention, &cache, &[run], &queries, &mut together);
+                compute.attend(&attention, &cache, &[run], (&queries, None), &mut together);
                 // Scores are as inexact as they are large.
                 let tolerance = if scale > 1.0 { 4e-4 } else { 2e-5 };
                 close(&together, &expected, tolerance, compute.dispatch.name());
@@ -503,7 +524,13 @@ fn attention_equals_plain_arithmetic_and_no_row_knows_the_others() {
                     run.rows = 1;
                     let range = row * width..(row + 1) * width;
                     let mut alone = vec![0.0; width];
-                    compute.attend(&attention, &cache, &[run], &queries[range.clone()], &mut alone);
+                    compute.attend(
+                        &attention,
+                        &cache,
+                        &[run],
+                        (&queries[range.clone()], None),
+                        &mut alone,
+                    );
                     assert_eq!(alone, together[range], "{}", compute.dispatch.name());
                 }
             }
@@ -587,7 +614,7 @@ fn a_cache_of_8_bits_equals_the_floats_that_it_stands_for() {
                 let queries = numbers(&mut StdRng::seed_from_u64(5), rows * 2 * head_dim);
                 let [small, float] = [&caches[0], &caches[1]].map(|cache| {
                     let mut out = vec![0.0; queries.len()];
-                    compute.attend(&attention, cache, &[run], &queries, &mut out);
+                    compute.attend(&attention, cache, &[run], (&queries, None), &mut out);
                     out
                 });
                 assert_eq!(

@@ -101,10 +101,12 @@ impl Operation for Normalize<'_> {
     }
 }
 
-/// `to += from`.
+/// `to += from * by`, after a norm of each row of `from` where there is one.
 struct Add<'a> {
     to: &'a mut [f32],
     from: &'a [f32],
+    norm: Option<Norm<'a>>,
+    by: f32,
 }
 
 impl Operation for Add<'_> {
@@ -112,46 +114,91 @@ impl Operation for Add<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for start in (0..self.to.len()).step_by(LANES) {
-            let sum = simd.add(load_part(simd, self.to, start), load_part(simd, self.from, start));
-            store_part(simd, self.to, start, sum);
+        let size = self.norm.map_or(self.to.len(), |norm| norm.weight.len()).max(1);
+        let by = simd.splat(self.by);
+        for (from, to) in self.from.chunks_exact(size).zip(self.to.chunks_exact_mut(size)) {
+            let factor = self
+                .norm
+                .map(|norm| (simd.splat(norm.factor(simd, from)), norm.weight));
+            for start in (0..size).step_by(LANES) {
+                let mut x = load_part(simd, from, start);
+                if let Some((factor, weight)) = factor {
+                    x = simd.mul(simd.mul(x, factor), load_part(simd, weight, start));
+                }
+                let sum = simd.add(load_part(simd, to, start), simd.mul(x, by));
+                store_part(simd, to, start, sum);
+            }
         }
     }
 }
 
-/// Turns heads by RoPE.
-struct Rotate<'a> {
-    heads: &'a mut [f32],
-    head_dim: usize,
-    cos: &'a [f32],
-    sin: &'a [f32],
-    halves: bool,
+/// What queries and keys go through before they meet: a norm of each head where the model has one, and RoPE.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Turn<'a> {
+    pub(crate) norm: Option<Norm<'a>>,
+    /// `[rows, half]`, as `sin`.
+    pub(crate) cos: &'a [f32],
+    pub(crate) sin: &'a [f32],
+    /// Pairs of a head's numbers that are turned.
+    pub(crate) half: usize,
+    /// Whether the two of a pair are `half` apart; otherwise they are neighbours.
+    pub(crate) halves: bool,
 }
 
-impl Operation for Rotate<'_> {
+impl Turn<'_> {
+    /// Turns a head of a row of the batch.
+    ///
+    /// # Panics
+    /// When the head or the norm is too short, or the row not there.
+    #[inline(always)]
+    pub(super) fn head<S: Simd>(&self, simd: S, row: usize, head: &mut [f32]) {
+        if let Some(norm) = self.norm {
+            assert_eq!(norm.weight.len(), head.len());
+            let factor = simd.splat(norm.factor(simd, head));
+            for start in (0..head.len()).step_by(LANES) {
+                let x = simd.mul(load_part(simd, head, start), factor);
+                let weighted = simd.mul(x, load_part(simd, norm.weight, start));
+                store_part(simd, head, start, weighted);
+            }
+        }
+        let half = self.half;
+        let range = row * half..(row + 1) * half;
+        let (cos, sin) = (&self.cos[range.clone()], &self.sin[range]);
+        let turned = &mut head[..2 * half];
+        if self.halves {
+            let (first, second) = turned.split_at_mut(half);
+            for start in (0..half).step_by(LANES) {
+                let (a, b) = (load_part(simd, first, start), load_part(simd, second, start));
+                let (c, s) = (load_part(simd, cos, start), load_part(simd, sin, start));
+                let x = simd.sub(simd.mul(a, c), simd.mul(b, s));
+                let y = simd.add(simd.mul(a, s), simd.mul(b, c));
+                store_part(simd, first, start, x);
+                store_part(simd, second, start, y);
+            }
+        } else {
+            for (pair, (c, s)) in turned.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
+                let (a, b) = (pair[0], pair[1]);
+                (pair[0], pair[1]) = (a * c - b * s, a * s + b * c);
+            }
+        }
+    }
+}
+
+/// The heads of a row, one after the other.
+struct TurnRow<'a> {
+    turn: &'a Turn<'a>,
+    row: usize,
+    heads: &'a mut [f32],
+    head_dim: usize,
+}
+
+impl Operation for TurnRow<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let half = self.cos.len();
         for head in self.heads.chunks_exact_mut(self.head_dim) {
-            let turned = &mut head[..2 * half];
-            if self.halves {
-                let (first, second) = turned.split_at_mut(half);
-                for start in (0..half).step_by(LANES) {
-                    let (a, b) = (load_part(simd, first, start), load_part(simd, second, start));
-                    let (c, s) = (load_part(simd, self.cos, start), load_part(simd, self.sin, start));
-                    let x = simd.sub(simd.mul(a, c), simd.mul(b, s));
-                    let y = simd.add(simd.mul(a, s), simd.mul(b, c));
-                    store_part(simd, first, start, x);
-                    store_part(simd, second, start, y);
-                }
-            } else {
-                for (pair, (c, s)) in turned.chunks_exact_mut(2).zip(self.cos.iter().zip(self.sin)) {
-                    let (a, b) = (pair[0], pair[1]);
-                    (pair[0], pair[1]) = (a * c - b * s, a * s + b * c);
-                }
-            }
+            self.turn.head(simd, self.row, head);
         }
     }
 }
@@ -254,54 +301,31 @@ impl Compute {
         });
     }
 
-    /// Normalises each row where it is.
+    /// `to += from * by`, after a norm of each row of `from` where there is one.
     ///
     /// # Panics
     /// When lengths do not fit.
-    pub(crate) fn normalize_in_place(&self, norm: Norm<'_>, x: &mut [f32]) {
-        // Short: heads, and Gemma's outputs. A copy is cheaper than a second kernel.
-        let from = x.to_vec();
-        self.normalize(norm, &from, x);
-    }
-
-    /// `to += from`.
-    ///
-    /// # Panics
-    /// When lengths differ.
-    pub(crate) fn add(&self, to: &mut [f32], from: &[f32]) {
-        assert_eq!(to.len(), from.len());
-        self.pool.for_each_chunk(to, GRAIN_NUMBERS, |index, to| {
-            let from = &from[index * GRAIN_NUMBERS..][..to.len()];
-            self.dispatch.run(Add { to, from });
+    pub(crate) fn add(&self, to: &mut [f32], from: &[f32], norm: Option<Norm<'_>>, by: f32) {
+        let size = norm.map_or(1, |norm| norm.weight.len());
+        assert!(to.len() == from.len() && to.len().is_multiple_of(size));
+        let chunk = (GRAIN_NUMBERS / size).max(1) * size;
+        self.pool.for_each_chunk(to, chunk, |index, to| {
+            let from = &from[index * chunk..][..to.len()];
+            self.dispatch.run(Add { to, from, norm, by });
         });
     }
 
-    /// Turns the heads of each row by RoPE. `x` is `[rows, heads, head_dim]`; `cos` and `sin` are
-    /// `[rows, turned dimensions / 2]`.
+    /// Turns the heads of a row of the batch, on this thread.
     ///
     /// # Panics
     /// When lengths do not fit.
-    pub(crate) fn rotate(&self, x: &mut [f32], shape: HeadShape, cos: &[f32], sin: &[f32], halves: bool) {
-        let width = shape.heads * shape.head_dim;
-        assert!(x.len().is_multiple_of(width) && cos.len() == sin.len());
-        let rows = x.len() / width;
-        if rows == 0 {
-            return;
-        }
-        let half = cos.len() / rows;
-        assert!(cos.len() == rows * half && 2 * half <= shape.head_dim);
-        let chunk_rows = (GRAIN_NUMBERS / width).max(1);
-        self.pool.for_each_chunk(x, chunk_rows * width, |index, x| {
-            for (row, heads) in x.chunks_exact_mut(width).enumerate() {
-                let range = (index * chunk_rows + row) * half..(index * chunk_rows + row + 1) * half;
-                self.dispatch.run(Rotate {
-                    heads,
-                    head_dim: shape.head_dim,
-                    cos: &cos[range.clone()],
-                    sin: &sin[range],
-                    halves,
-                });
-            }
+    pub(crate) fn turn(&self, turn: &Turn<'_>, row: usize, heads: &mut [f32], head_dim: usize) {
+        assert!(heads.len().is_multiple_of(head_dim));
+        self.dispatch.run(TurnRow {
+            turn,
+            row,
+            heads,
+            head_dim,
         });
     }
 }

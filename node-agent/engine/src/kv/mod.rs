@@ -255,7 +255,8 @@ impl KvCache {
     }
 
     /// Writes keys and values, `[rows, kv_heads, head_dim]` each, of tokens at these places, those of a sequence one after
-    /// the other, positions rising by one. No two rows are for one place, and no block that others use is written.
+    /// the other, positions rising by one. No two rows are for one place, and no block that others use is written. `prepare`
+    /// is given the number of each row and its key before that is written.
     ///
     /// # Panics
     /// When there are fewer numbers than the rows have.
@@ -264,8 +265,8 @@ impl KvCache {
         pool: &Pool,
         layer: usize,
         places: impl Iterator<Item = (&'a BlockTable, usize)>,
-        keys: &[f32],
-        values: &[f32],
+        (keys, values): (&mut [f32], &[f32]),
+        prepare: impl Fn(usize, &mut [f32]) + Sync,
     ) {
         let shape = self.shape;
         let mut lent = Lent {
@@ -278,13 +279,29 @@ impl KvCache {
             lent.add(row, block, token);
         }
         let width = shape.kv_heads * shape.head_dim;
+        let mut behind = keys;
+        for part in &mut lent.parts {
+            (part.keys, behind) = behind.split_at_mut(part.rows.len() * width);
+        }
         pool.for_each_chunk(&mut lent.parts, 1, |_, parts| {
             for part in parts {
                 let Some(block) = &mut part.block else { continue };
-                for (index, row) in part.rows.clone().enumerate() {
-                    let (token, row) = (part.first_token + index, row * width..(row + 1) * width);
-                    block.write(&shape, layer, Side::Keys, token, &keys[row.clone()]);
-                    block.write(&shape, layer, Side::Values, token, &values[row]);
+                for (index, (row, key)) in part
+                    .rows
+                    .clone()
+                    .zip(part.keys.chunks_exact_mut(width))
+                    .enumerate()
+                {
+                    let token = part.first_token + index;
+                    prepare(row, key);
+                    block.write(&shape, layer, Side::Keys, token, key);
+                    block.write(
+                        &shape,
+                        layer,
+                        Side::Values,
+                        token,
+                        &values[row * width..(row + 1) * width],
+                    );
                 }
             }
         });
@@ -294,16 +311,18 @@ impl KvCache {
 /// Blocks taken out of the cache, so that each thread writes to some of its own. They go back at the end, whatever happens.
 struct Lent<'a> {
     blocks: &'a mut [Option<Block>],
-    parts: Vec<Part>,
+    parts: Vec<Part<'a>>,
 }
 
 /// What a step writes to one block.
-struct Part {
+struct Part<'a> {
     number: u32,
     block: Option<Block>,
     /// The first row's place in it; the others follow.
     first_token: usize,
     rows: Range<usize>,
+    /// The rows' keys.
+    keys: &'a mut [f32],
 }
 
 impl Lent<'_> {
@@ -319,6 +338,7 @@ impl Lent<'_> {
                 block: self.blocks[number as usize].take(),
                 first_token: token,
                 rows: row..row + 1,
+                keys: &mut [],
             }),
         }
     }

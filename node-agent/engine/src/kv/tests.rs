@@ -33,18 +33,29 @@ fn widened(numbers: Numbers<'_>, token: &dyn Fn(usize) -> usize) -> Vec<f32> {
     }
 }
 
+/// Writes rows, both as keys and as values.
+fn write<'a>(
+    cache: &mut KvCache,
+    pool: &Pool,
+    layer: usize,
+    places: impl Iterator<Item = (&'a BlockTable, usize)>,
+    rows: &[f32],
+) {
+    cache.write(pool, layer, places, (&mut rows.to_vec(), rows), |_, _| ());
+}
+
 fn fill(cache: &mut KvCache, table: &BlockTable, from: usize, to: usize) {
     // As many at once as a prompt may have, on more threads than one.
     let rows: Vec<f32> = (from * 8..to * 8).map(|number| number as f32).collect();
     for layer in 0..2 {
         let places = (from..to).map(|position| (table, position));
-        cache.write(&Pool::new(2).unwrap(), layer, places, &rows, &rows);
+        write(cache, &Pool::new(2).unwrap(), layer, places, &rows);
     }
 }
 
 fn write_one(cache: &mut KvCache, table: &BlockTable, layer: usize, position: usize, number: f32) {
     let place = std::iter::once((table, position));
-    cache.write(&Pool::new(1).unwrap(), layer, place, &[number; 8], &[number; 8]);
+    write(cache, &Pool::new(1).unwrap(), layer, place, &[number; 8]);
 }
 
 fn text(count: usize) -> Vec<u32> {
@@ -85,11 +96,29 @@ fn keys_of_many_dimensions_lie_in_their_columns() {
     assert!(cache.reserve(&mut table, 8));
     let row: Vec<f32> = (0..80).map(|number| number as f32).collect();
     let place = std::iter::once((&table, 7));
-    cache.write(&Pool::new(1).unwrap(), 1, place, &row, &row);
+    write(&mut cache, &Pool::new(1).unwrap(), 1, place, &row);
     let [keys, values] = numbers(&cache, &table, 1, 0, 1);
     let column: Vec<f32> = (0..40).map(|d| keys[d * BLOCK_TOKENS + 7]).collect();
     assert_eq!(column, row[40..]);
     assert_eq!(values[7 * padded(40)..][..40], row[40..]);
+}
+
+#[test]
+fn keys_are_prepared_before_they_are_written_each_once() {
+    let mut cache = KvCache::new(SHAPE, KvType::F32, 2, 0);
+    let mut table = BlockTable::default();
+    assert!(cache.reserve(&mut table, 40));
+    let mut keys = vec![1.0; 8 * 8];
+    let places = (28..36).map(|position| (&table, position));
+    let pool = Pool::new(2).unwrap();
+    cache.write(&pool, 1, places, (&mut keys, &[5.0; 8 * 8]), |row, key| {
+        key.iter_mut().for_each(|x| *x += row as f32);
+    });
+    for row in 0..8 {
+        let (block, token) = ((28 + row) / BLOCK_TOKENS, (28 + row) % BLOCK_TOKENS);
+        let [keys, values] = numbers(&cache, &table, 1, block, 1);
+        assert_eq!((keys[token], values[token * padded(4)]), (1.0 + row as f32, 5.0));
+    }
 }
 
 #[test]
@@ -103,7 +132,7 @@ fn blocks_are_back_in_their_places_after_a_write_that_failed() {
         let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             // Numbers of nine rows are not there.
             let places = (30..40).map(|position| (&table, position));
-            cache.write(&pool, 0, places, &[0.0; 8], &[0.0; 8]);
+            write(&mut cache, &pool, 0, places, &[0.0; 8]);
         }));
         assert!(failed.is_err());
         let [keys, _] = numbers(&cache, &table, 1, 1, 1);
@@ -128,7 +157,7 @@ fn what_sequences_write_together_is_what_each_writes_alone() {
         let places = parts.iter().flat_map(|(sequence, positions)| {
             positions.clone().map(|position| (&together[*sequence], position))
         });
-        cache.write(&Pool::new(3).unwrap(), layer, places, &rows, &rows);
+        write(&mut cache, &Pool::new(3).unwrap(), layer, places, &rows);
         let mut first = 0;
         for (sequence, positions) in parts.clone() {
             for position in positions {
@@ -136,7 +165,7 @@ fn what_sequences_write_together_is_what_each_writes_alone() {
                     &rows[first..first + 8],
                     std::iter::once((&alone[sequence], position)),
                 );
-                cache.write(&Pool::new(1).unwrap(), layer, place, row, row);
+                write(&mut cache, &Pool::new(1).unwrap(), layer, place, row);
                 first += 8;
             }
         }

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::config::{Activation, DecoderConfig, RopePairs};
+use super::config::{Activation, DecoderConfig};
 use super::layers::{RmsNorm, Source};
 use super::rope::{Rope, Rotations};
 use crate::LoadModel;
 use crate::gguf::GgufFile;
 use crate::kernels::attention::{Attention, Run};
-use crate::kernels::vector::{HeadShape, for_each_row};
+use crate::kernels::vector::for_each_row;
 use crate::kernels::{Combine, Compute, Gate, Matrix, Memory, QuantizedRows, Rows, Target, WeightPrecision};
 use crate::kv::{BlockTable, KvCache, KvShape, LayerCache};
 
@@ -368,22 +368,16 @@ impl Layer {
             }
         }
         let rotations = local.filter(|_| self.local).unwrap_or(global);
-        let halves = config.rope_pairs == RopePairs::Halves;
-        for (numbers, norm, heads) in [
-            (&mut scratch.queries, &self.query_norm, config.heads),
-            (&mut scratch.keys, &self.key_norm, config.kv_heads),
-        ] {
-            if let Some(norm) = norm {
-                norm.apply(compute, numbers);
-            }
-            let shape = HeadShape {
-                heads,
-                head_dim: config.head_dim,
-            };
-            compute.rotate(numbers, shape, &rotations.cos, &rotations.sin, halves);
-        }
+        let [of_queries, of_keys] = [&self.query_norm, &self.key_norm]
+            .map(|norm| rotations.turn(norm.as_ref().map(RmsNorm::as_norm), config.rope_pairs));
         let places = rows.iter().map(|row| (tables[row.sequence], row.position));
-        cache.write(&compute.pool, index, places, &scratch.keys, &scratch.values);
+        cache.write(
+            &compute.pool,
+            index,
+            places,
+            (&mut scratch.keys, &scratch.values),
+            |row, key| compute.turn(&of_keys, row, key, config.head_dim),
+        );
         let attention = Attention {
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -401,7 +395,7 @@ impl Layer {
             &attention,
             &layer_cache,
             runs,
-            &scratch.queries,
+            (&scratch.queries, Some(&of_queries)),
             &mut scratch.attended,
         );
         let Scratch {
@@ -472,9 +466,5 @@ fn add_product(
         return;
     }
     product(compute, from, &mut [(matrix, change)], Combine::Store);
-    if let Some(norm) = norm {
-        norm.apply(compute, change);
-    }
-    scale(change, by);
-    compute.add(x, change);
+    compute.add(x, change, norm.map(RmsNorm::as_norm), by);
 }

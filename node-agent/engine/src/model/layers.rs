@@ -85,9 +85,4 @@ impl RmsNorm {
             epsilon: self.epsilon,
         }
     }
-
-    /// Normalises each row where it is.
-    pub(super) fn apply(&self, compute: &Compute, x: &mut [f32]) {
-        compute.normalize_in_place(self.as_norm(), x);
-    }
 }

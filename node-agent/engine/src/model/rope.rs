@@ -4,8 +4,9 @@
 
 use std::f32::consts::TAU;
 
-use super::config::DecoderConfig;
+use super::config::{DecoderConfig, RopePairs};
 use crate::gguf::GgufFile;
+use crate::kernels::vector::{Norm, Turn};
 use crate::{InvalidModel, LoadModel};
 use candle_core::Device;
 
@@ -120,6 +121,8 @@ fn divisors(file: &GgufFile, name: &str, count: usize) -> Result<Vec<f32>, LoadM
 pub(crate) struct Rotations {
     pub(crate) cos: Vec<f32>,
     pub(crate) sin: Vec<f32>,
+    /// Pairs that are turned.
+    pub(crate) half: usize,
 }
 
 impl Rotations {
@@ -132,7 +135,22 @@ impl Rotations {
                 sin.push(s * rope.magnitude);
             }
         }
-        Self { cos, sin }
+        Self {
+            cos,
+            sin,
+            half: rope.frequencies.len(),
+        }
+    }
+
+    /// What queries or keys go through that have this norm.
+    pub(super) fn turn<'a>(&'a self, norm: Option<Norm<'a>>, pairs: RopePairs) -> Turn<'a> {
+        Turn {
+            norm,
+            cos: &self.cos,
+            sin: &self.sin,
+            half: self.half,
+            halves: pairs == RopePairs::Halves,
+        }
     }
 }
 

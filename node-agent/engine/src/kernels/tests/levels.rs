@@ -1,7 +1,7 @@
 //! The levels beside each other, to the bit, and the encoder's kernels at each of them.
 
 use super::super::encode::Attended;
-use super::super::vector::{CHUNK, WeightSums, Weights, WeightsTo};
+use super::super::vector::{CHUNK, HeadShape, WeightSums, Weights, WeightsTo};
 use super::*;
 
 /// Contexts of one thread: of the levels that have fused multiply-add, the best first.
@@ -91,20 +91,30 @@ fn gates_norms_and_rotations_are_the_same_at_every_level_to_the_bit() {
                 epsilon: 1e-5,
             };
             compute.normalize(norm, &x, &mut out);
-            compute.add(&mut out, &x);
+            compute.add(&mut out, &x, None, 0.7);
+            compute.add(&mut out, &x, Some(norm), 1.3);
             out
         });
     }
-    let shape = HeadShape {
-        heads: 3,
-        head_dim: 20,
-    };
     let (cos, sin) = (numbers(&mut rng, 2 * 9), numbers(&mut rng, 2 * 9));
-    let x = numbers(&mut rng, 2 * 60);
-    for halves in [false, true] {
+    let (x, weight) = (numbers(&mut rng, 2 * 60), numbers(&mut rng, 20));
+    let norm = Norm {
+        weight: &weight,
+        epsilon: 1e-5,
+    };
+    for (halves, norm) in [(false, None), (true, None), (true, Some(norm))] {
         same_bits("the rotation", |compute| {
+            let turn = Turn {
+                norm,
+                cos: &cos,
+                sin: &sin,
+                half: 9,
+                halves,
+            };
             let mut out = x.clone();
-            compute.rotate(&mut out, shape, &cos, &sin, halves);
+            for (row, heads) in out.chunks_exact_mut(60).enumerate() {
+                compute.turn(&turn, row, heads, 20);
+            }
             out
         });
     }
@@ -231,7 +241,7 @@ fn attention_is_the_same_at_every_level_to_the_bit() {
                             position: 150 - rows,
                         };
                         let mut out = vec![0.0; queries.len()];
-                        compute.attend(&attention, cache, &[run], &queries, &mut out);
+                        compute.attend(&attention, cache, &[run], (&queries, None), &mut out);
                         out
                     },
                 );

@@ -169,7 +169,7 @@ fn pace_of_attention() {
                         layer,
                         attention,
                     };
-                    compute.attend(&attention, &cache, &runs, &queries, &mut out);
+                    compute.attend(&attention, &cache, &runs, (&queries, None), &mut out);
                 }
             });
             println!("  {sequences:2} x {rows:3} at {tokens:4} {pace:7.1}");
