@@ -378,7 +378,15 @@ fn norms_and_sums_equal_plain_arithmetic() {
         many[best] = 2.0;
         assert_eq!(argmax(&many), Some(best));
     }
-    assert_eq!(argmax(&[f32::NEG_INFINITY; 100]), Some(0));
+    // The first of equals, wherever parts of a long list begin.
+    let mut long = vec![-1.0; 10_000];
+    for (best, number) in [(9_999, 0.5), (8_192, 1.0), (8_191, 1.0), (4_096, 1.0), (5, 2.0)] {
+        long[best] = number;
+        assert_eq!(argmax(&long), Some(best));
+    }
+    long[4_500] = 2.0;
+    assert_eq!(argmax(&long), Some(5));
+    assert_eq!(argmax(&[f32::NEG_INFINITY; 10_000]), Some(0));
     assert_eq!(argmax(&[f32::NAN; 100]), None);
     assert_eq!(argmax(&[]), None);
 }

@@ -211,23 +211,38 @@ impl Operation for Argmax<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Option<usize> {
-        // Several at once, so that none waits for the one before.
-        const CHAINS: usize = 4;
-        let chunks = self.0.chunks_exact(CHAINS * LANES);
-        let rest = chunks.remainder();
-        let mut most = [simd.splat(f32::NEG_INFINITY); CHAINS];
-        for chunk in chunks {
-            for (chain, most) in most.iter_mut().enumerate() {
-                *most = simd.max(load_part(simd, chunk, chain * LANES), *most);
+        // The numbers of a vocabulary come from afar; those of a part are near when its largest is looked for.
+        const PART: usize = 4096;
+        let mut best = (f32::NEG_INFINITY, self.0);
+        let mut first = 0;
+        for (index, part) in self.0.chunks(PART).enumerate() {
+            let most = largest(simd, part);
+            if most > best.0 {
+                (best, first) = ((most, part), index * PART);
             }
         }
-        let mut whole = simd.splat(f32::NEG_INFINITY);
-        for most in most {
-            whole = simd.max(most, whole);
-        }
-        let most = rest.iter().copied().fold(simd.reduce_max(whole), f32::max);
-        self.0.iter().position(|&x| x == most)
+        Some(first + best.1.iter().position(|&x| x == best.0)?)
     }
+}
+
+/// The largest of some numbers; minus infinity when none is a number.
+#[inline(always)]
+fn largest<S: Simd>(simd: S, x: &[f32]) -> f32 {
+    // Several at once, so that none waits for the one before.
+    const CHAINS: usize = 4;
+    let chunks = x.chunks_exact(CHAINS * LANES);
+    let rest = chunks.remainder();
+    let mut most = [simd.splat(f32::NEG_INFINITY); CHAINS];
+    for chunk in chunks {
+        for (chain, most) in most.iter_mut().enumerate() {
+            *most = simd.max(load_part(simd, chunk, chain * LANES), *most);
+        }
+    }
+    let mut whole = simd.splat(f32::NEG_INFINITY);
+    for most in most {
+        whole = simd.max(most, whole);
+    }
+    rest.iter().copied().fold(simd.reduce_max(whole), f32::max)
 }
 
 /// Numbers whose weights are added up together: see [`weight_sums`].

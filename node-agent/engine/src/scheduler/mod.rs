@@ -87,6 +87,27 @@ pub(crate) struct Scheduler {
     turns: Turns,
 }
 
+/// A sequence whose rows are all computed, and what it makes of their logits.
+struct Choice<'a> {
+    /// Among those that run.
+    index: usize,
+    sequence: &'a mut Sequence,
+    /// After its last row, and after each guessed one.
+    logits: Vec<&'a mut [f32]>,
+    wrote: bool,
+    guessed: usize,
+    /// Tokens that were chosen.
+    chosen: usize,
+    reason: Option<FinishReason>,
+}
+
+impl Choice<'_> {
+    fn make(&mut self, tokenizer: &Tokenizer) {
+        let logits = self.logits.iter_mut().map(|logits| &mut **logits);
+        (self.chosen, self.reason) = self.sequence.take_all(logits, tokenizer);
+    }
+}
+
 impl Scheduler {
     pub(crate) fn new(
         decoder: Runner,
@@ -331,8 +352,9 @@ impl Scheduler {
             .map_err(|_| "a kernel stopped at an assertion".to_owned())?
             .map_err(|error| format!("the device failed: {error}"))?;
         let vocab_size = self.decoder.config().vocab_size.max(1);
+        let pool = self.decoder.compute().map(|compute| compute.pool.clone());
         let mut logits = self.decoder.logits().chunks_exact_mut(vocab_size);
-        let mut finished = Vec::new();
+        let mut choices = Vec::new();
         let mut step = StepCount::default();
         for (index, (sequence, share)) in self.running.iter_mut().zip(&shares).enumerate() {
             let wrote = sequence.writes();
@@ -355,16 +377,32 @@ impl Scheduler {
                 sequence.publish(&mut self.cache, false);
                 continue;
             }
-            let rows = logits.by_ref().take(1 + guessed);
-            let mut rows = rows.collect::<Vec<_>>();
-            let (chosen, reason) =
-                sequence.take_all(rows.iter_mut().map(|logits| &mut **logits), &self.tokenizer);
-            step.generated += chosen;
-            step.accepted += (chosen - 1).min(guessed);
+            choices.push(Choice {
+                index,
+                sequence,
+                logits: logits.by_ref().take(1 + guessed).collect(),
+                wrote,
+                guessed,
+                chosen: 0,
+                reason: None,
+            });
+        }
+        // A vocabulary is long: each thread looks for some sequences' tokens.
+        let tokenizer = &*self.tokenizer;
+        match pool {
+            Some(pool) => pool.for_each_chunk(&mut choices, 1, |_, choices| {
+                choices.iter_mut().for_each(|choice| choice.make(tokenizer));
+            }),
+            None => choices.iter_mut().for_each(|choice| choice.make(tokenizer)),
+        }
+        let mut finished = Vec::new();
+        for choice in choices {
+            step.generated += choice.chosen;
+            step.accepted += (choice.chosen - 1).min(choice.guessed);
             // The end of a prompt is published whole: its followers go on from there.
-            sequence.publish(&mut self.cache, !wrote);
-            if let Some(reason) = reason {
-                finished.push((index, reason));
+            choice.sequence.publish(&mut self.cache, !choice.wrote);
+            if let Some(reason) = choice.reason {
+                finished.push((choice.index, reason));
             }
         }
         let took = began.elapsed();
