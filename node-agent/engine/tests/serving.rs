@@ -106,6 +106,33 @@ fn a_dropped_handle_frees_the_slot_for_the_next() {
 }
 
 #[test]
+fn a_sink_that_panics_ends_its_step_and_not_the_engine() {
+    let engine = engine(4, 0);
+    let question = request(tokens(&engine, PROMPTS[0]), 8);
+    let before = answer(&engine, question.clone());
+    let beside = ask(&engine, endless(&engine)).unwrap();
+    beside.wait_for_text();
+    let (sender, ends) = channel();
+    let sink = Box::new(move |event| {
+        assert!(
+            !matches!(event, GenerateEvent::Text { .. }),
+            "no sink should do this"
+        );
+        if let GenerateEvent::Finished(end) = event {
+            sender.send(end.reason).unwrap();
+        }
+        ControlFlow::Continue(())
+    });
+    let _handle = engine.generate(question.clone(), sink).unwrap();
+    let end = ends.recv_timeout(std::time::Duration::from_secs(180)).unwrap();
+    assert!(matches!(end, FinishReason::Error(_)), "{end:?}");
+    let end = beside.wait().finished.reason;
+    assert!(matches!(end, FinishReason::Error(_)), "{end:?}");
+    assert_eq!(answer(&engine, question).ids(), before.ids());
+    eventually("everything is given back", || idle(&engine));
+}
+
+#[test]
 fn a_sink_that_breaks_cancels() {
     let engine = engine(1, 0);
     let (sender, events) = channel();

@@ -191,7 +191,8 @@ pub enum GenerateEvent {
     Finished(Finished),
 }
 
-/// Where events go. It is called on the engine's thread and must not block; `Break` cancels the request.
+/// Where events go. It is called on one of the engine's threads, for one event after the other, and must neither block nor
+/// ask the engine to compute; `Break` cancels the request.
 pub type Sink = Box<dyn FnMut(GenerateEvent) -> ControlFlow<()> + Send>;
 
 /// Holds a request. Dropping it cancels the request and frees its place at the next step.

@@ -120,7 +120,7 @@ impl Compute {
         let mut partials = 0;
         for run in runs {
             assert!((run.first_row + run.rows) * width <= out.len());
-            // The last see most, and come first: threads share the small pieces at the end.
+            // The last see most and come first, so that no thread begins with the largest when others are done.
             for start in (0..run.rows).step_by(ROWS_PER_PIECE).rev() {
                 let part = Run {
                     first_row: run.first_row + start,
@@ -219,15 +219,14 @@ impl Operation for Join<'_> {
             .chunks_exact_mut(self.numbers)
             .zip(self.next.chunks_exact(self.numbers));
         for (total, next) in pairs {
-            let reference = self.numbers - LANES;
-            // A stretch of which the window shows nothing.
-            if next[reference] == f32::NEG_INFINITY {
+            if shows_nothing(next) {
                 continue;
             }
-            if total[reference] == f32::NEG_INFINITY {
+            if shows_nothing(total) {
                 total.copy_from_slice(next);
                 continue;
             }
+            let reference = self.numbers - LANES;
             let most = total[reference].max(next[reference]);
             let (a, b) = (
                 shrink(simd, total[reference], most),
@@ -245,6 +244,13 @@ impl Operation for Join<'_> {
             total[reference] = most;
         }
     }
+}
+
+/// Whether a window shows nothing of the stretch whose results these are. Where scores are no numbers, the sums of weights
+/// are none either, which stays so.
+fn shows_nothing(numbers: &[f32]) -> bool {
+    let reference = numbers.len() - LANES;
+    numbers[reference] == f32::NEG_INFINITY && numbers[reference - LANES] == 0.0
 }
 
 /// e^(from - to).
@@ -296,7 +302,7 @@ impl Operation for Stretch<'_> {
         );
         let padded = padded(dim);
         let count = run.rows * group;
-        // Taken, so that a thread that is asked for another piece meanwhile has room of its own.
+        // Taken and put back, so that a panic leaves no room, and not one that is borrowed for ever.
         let mut room = ROOM.take();
         let Room {
             queries,

@@ -36,17 +36,20 @@ pub(super) fn widen<S: Simd>(simd: S, from: Numbers<'_>, lie: Lie, dim: usize, t
     let to = &mut to[..end.min(from.len())];
     // What numbers they are is asked here, not for each vector.
     match from {
-        Numbers::F16(x) => widen_each(simd, Numbers::F16(x), lie, to),
+        // SAFETY: both have these numbers, and scales for them; padding is less than 16 numbers long.
+        Numbers::F16(x) => unsafe { widen_each(simd, Numbers::F16(x), lie, to) },
         Numbers::F32(x) => to.copy_from_slice(&x[..to.len()]),
-        Numbers::Q8(x, scales) => widen_each(simd, Numbers::Q8(x, scales), lie, to),
+        // SAFETY: as above.
+        Numbers::Q8(x, scales) => unsafe { widen_each(simd, Numbers::Q8(x, scales), lie, to) },
     }
 }
 
+/// # Safety
+/// `to` has a multiple of 16 numbers, `from` as many at least, and a scale for the first of every 16.
 #[inline(always)]
-fn widen_each<S: Simd>(simd: S, from: Numbers<'_>, lie: Lie, to: &mut [f32]) {
+unsafe fn widen_each<S: Simd>(simd: S, from: Numbers<'_>, lie: Lie, to: &mut [f32]) {
     for start in (0..to.len()).step_by(LANES) {
-        // SAFETY: as `widen` asserts, both have 16 numbers from `start` on, whose first dimension is below `dim`:
-        // padding is less than 16 numbers long.
+        // SAFETY: the caller's promise.
         unsafe {
             let x = from.load(simd, start, lie);
             simd.store(to.as_mut_ptr().add(start), x);
@@ -282,8 +285,8 @@ impl Block<'_> {
         }
     }
 
-    /// Turns scores into weights, and adds them to the sums of weights. Gives what each query's earlier sums have to be
-    /// multiplied with.
+    /// Turns scores into weights, and adds them to the sums of weights. Gives what each query's earlier sums of values have to
+    /// be multiplied with.
     ///
     /// One step after the other for all queries, so that none waits for its own step before.
     #[inline(always)]
@@ -303,8 +306,8 @@ impl Block<'_> {
                 scores[..from].fill(f32::NEG_INFINITY);
                 scores[to.max(from)..].fill(f32::NEG_INFINITY);
             }
-            let most = simd.splat(partials[query * numbers + reference] + RISE);
-            rises |= simd.any_above(largest(simd, scores), most);
+            let limit = simd.splat(partials[query * numbers + reference] + RISE);
+            rises |= simd.any_above(largest(simd, scores), limit);
         }
         let factors = if rises {
             self.raise(simd, scores, partials)
@@ -352,7 +355,8 @@ impl Block<'_> {
         const { assert!(N <= LANES) }
         let numbers = partial_numbers(self.dim);
         let reference = padded(self.dim) + LANES;
-        // What earlier sums are multiplied with is a power of e.
+        // What earlier sums are multiplied with is a power of e: 1, to the bit, for queries that stay where they are, so that
+        // none notices when another rises.
         let mut exponents = [0.0_f32; LANES];
         for (query, scores) in scores.iter().enumerate() {
             let most = simd.reduce_max(largest(simd, scores));

@@ -14,6 +14,7 @@
 //! encode.rs    what an encoder needs beside products        │
 //! vector.rs    norms, gates, additions                      ┘
 //! simd.rs      the 16 lanes, in plain Rust; x86.rs: AVX-512 VNNI, AVX-VNNI, AVX2; arm.rs: NEON
+//! lines.rs     floats that begin with a line of the cache
 //! pool.rs      the threads; cores.rs: how many
 //! ```
 //! Three things make the unsafe code sound, and each is checked where a buffer comes in: lengths are

@@ -149,7 +149,7 @@ impl Turn<'_> {
     /// Turns a head of a row of the batch.
     ///
     /// # Panics
-    /// When the head or the norm is too short, or the row not there.
+    /// When the head is too short, the norm not as long, or the row not there.
     #[inline(always)]
     pub(super) fn head<S: Simd>(&self, simd: S, row: usize, head: &mut [f32]) {
         if let Some(norm) = self.norm {
@@ -211,7 +211,7 @@ impl Operation for Argmax<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Option<usize> {
-        // The numbers of a vocabulary come from afar; those of a part are near when its largest is looked for.
+        // Where the largest is, is looked for in its part, and not in a whole vocabulary.
         const PART: usize = 4096;
         let mut best = (f32::NEG_INFINITY, self.0);
         let mut first = 0;

@@ -130,6 +130,13 @@ fn blocks_are_back_in_their_places_after_a_write_that_failed() {
         fill(&mut cache, &table, 0, 40);
         let pool = Pool::new(threads).unwrap();
         let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let places = (30..40).map(|position| (&table, position));
+            cache.write(&pool, 0, places, (&mut [0.0; 80], &[0.0; 80]), |row, _| {
+                assert!(row < 5, "row 5");
+            });
+        }));
+        assert!(failed.is_err());
+        let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             // Numbers of nine rows are not there.
             let places = (30..40).map(|position| (&table, position));
             write(&mut cache, &pool, 0, places, &[0.0; 8]);

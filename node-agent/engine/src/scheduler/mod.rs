@@ -1,4 +1,5 @@
-//! The engine's one thread: takes requests, forms batches, hands out tokens.
+//! The engine's one thread: takes requests, forms batches, hands out tokens (with the threads that compute, each of which
+//! chooses those of some sequences).
 //!
 //! ```text
 //! generate() ──▶ bounded queue ──▶ [ admit ─▶ batch ─▶ forward ─▶ sample ─▶ sink ] ──▶ caller
@@ -102,6 +103,7 @@ struct Choice<'a> {
 }
 
 impl Choice<'_> {
+    /// On a thread that computes: nothing in here may have something else computed.
     fn make(&mut self, tokenizer: &Tokenizer) {
         let logits = self.logits.iter_mut().map(|logits| &mut **logits);
         (self.chosen, self.reason) = self.sequence.take_all(logits, tokenizer);
@@ -351,12 +353,36 @@ impl Scheduler {
         catch_unwind(forward)
             .map_err(|_| "a kernel stopped at an assertion".to_owned())?
             .map_err(|error| format!("the device failed: {error}"))?;
+        let mut step = StepCount::default();
+        let choose = AssertUnwindSafe(|| self.choose(&shares, &mut step));
+        let finished =
+            catch_unwind(choose).map_err(|_| "choosing tokens stopped at an assertion".to_owned())?;
+        let took = began.elapsed();
+        self.pace.took(step.decode_rows, step.prompt_rows, took);
+        if step.prompt_rows == 0 {
+            self.cost.took(step.decode_rows, took);
+            if let Some(draft) = &mut self.draft {
+                draft.step_took(took);
+            }
+        }
+        self.counters.step(&step);
+        for (index, reason) in finished.into_iter().rev() {
+            let mut sequence = self.running.remove(index);
+            sequence.leave_cache(&mut self.cache);
+            self.counters.leave();
+            sequence.finish(reason);
+        }
+        Ok(())
+    }
+
+    /// Lets every sequence whose rows are all computed choose its next token, or as many as were guessed rightly. Gives
+    /// those that are complete, and why.
+    fn choose(&mut self, shares: &[usize], step: &mut StepCount) -> Vec<(usize, FinishReason)> {
         let vocab_size = self.decoder.config().vocab_size.max(1);
         let pool = self.decoder.compute().map(|compute| compute.pool.clone());
         let mut logits = self.decoder.logits().chunks_exact_mut(vocab_size);
         let mut choices = Vec::new();
-        let mut step = StepCount::default();
-        for (index, (sequence, share)) in self.running.iter_mut().zip(&shares).enumerate() {
+        for (index, (sequence, share)) in self.running.iter_mut().zip(shares).enumerate() {
             let wrote = sequence.writes();
             let guessed = sequence.guessed();
             if wrote {
@@ -398,28 +424,13 @@ impl Scheduler {
         let mut finished = Vec::new();
         for choice in choices {
             step.generated += choice.chosen;
-            step.accepted += (choice.chosen - 1).min(choice.guessed);
+            step.accepted += choice.chosen.saturating_sub(1).min(choice.guessed);
             // The end of a prompt is published whole: its followers go on from there.
             choice.sequence.publish(&mut self.cache, !choice.wrote);
             if let Some(reason) = choice.reason {
                 finished.push((choice.index, reason));
             }
         }
-        let took = began.elapsed();
-        self.pace.took(step.decode_rows, step.prompt_rows, took);
-        if step.prompt_rows == 0 {
-            self.cost.took(step.decode_rows, took);
-            if let Some(draft) = &mut self.draft {
-                draft.step_took(took);
-            }
-        }
-        self.counters.step(&step);
-        for (index, reason) in finished.into_iter().rev() {
-            let mut sequence = self.running.remove(index);
-            sequence.leave_cache(&mut self.cache);
-            self.counters.leave();
-            sequence.finish(reason);
-        }
-        Ok(())
+        finished
     }
 }

@@ -2,6 +2,7 @@
 
 use super::super::encode::Attended;
 use super::super::vector::{CHUNK, HeadShape, WeightSums, Weights, WeightsTo};
+use super::attention::Blocks;
 use super::*;
 
 /// Contexts of one thread: of the levels that have fused multiply-add, the best first.
