@@ -4,7 +4,7 @@
     python3 tests/peers/run.py --help    for less than that
 
 A round measures one and then the other; the next round turns the order round. llama.cpp runs with those of
-its settings that are fastest here for each figure (tried once a file, before the rounds). Figures taken while
+its settings that are fastest here for each figure (the best of three tries of each, in turn, before a file's rounds). Figures taken while
 something else loads the machine are printed and never written."""
 
 import argparse
@@ -51,6 +51,8 @@ WANTED = {
 # Of llama-batched-bench; llama-bench knows the first two only.
 ATTENTION = {"fa on": ["-fa", "on"], "fa off": ["-fa", "off"]}
 SETTINGS = {**ATTENTION, "fa on, unified KV": ["-fa", "on", "-kvu"]}
+# Of each setting, to find the best.
+TRIES = 3
 # More processes that want to run than this, and the machine is not ours alone.
 QUIET_LOAD = 0.5
 READY_SECONDS = 180
@@ -110,13 +112,21 @@ class Peer:
         return clock_ms(end) - clock_ms(begin)
 
     def calibrate(self):
-        """Finds the fastest of its settings for each figure."""
-        pace = {FIGURES[0]: {name: self.bench(name, PREFILL, 0) for name in ATTENTION},
-                FIGURES[1]: {name: self.bench(name, 0, DECODE) for name in ATTENTION}}
-        batches = {name: self.batched(name, SEQUENCES)[0] for name in SETTINGS}
-        for figure, sequences in zip(FIGURES[2:], SEQUENCES):
-            pace[figure] = {name: found[sequences] for name, found in batches.items()}
-        self.best = {figure: max(found, key=found.get) for figure, found in pace.items()}
+        """Finds the fastest of its settings for each figure: a machine has slow minutes, so each is tried more than once, in turn."""
+        pace = {figure: {} for figure in FIGURES}
+
+        def found(figure, name, tokens_per_second):
+            pace[figure][name] = max(pace[figure].get(name, 0), tokens_per_second)
+
+        for _ in range(TRIES):
+            for name in ATTENTION:
+                found(FIGURES[0], name, self.bench(name, PREFILL, 0))
+                found(FIGURES[1], name, self.bench(name, 0, DECODE))
+            for name in SETTINGS:
+                paces, _ = self.batched(name, SEQUENCES)
+                for figure, sequences in zip(FIGURES[2:], SEQUENCES):
+                    found(figure, name, paces[sequences])
+        self.best = {figure: max(paces, key=paces.get) for figure, paces in pace.items()}
 
     def measure(self):
         found = {FIGURES[0]: self.bench(self.best[FIGURES[0]], PREFILL, 0),
