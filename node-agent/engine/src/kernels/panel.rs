@@ -7,22 +7,23 @@ use std::mem::MaybeUninit;
 
 use super::rows::{BLOCK, GROUP, Group, QuantizedRows};
 use super::simd::{LANES, Simd};
-use super::tile::{Form, Place, Scales, add_block, quad_of_numbers};
+use super::tile::{Ahead, Form, Place, Scales, add_block, quad_of_numbers};
 use super::weights::Layout;
 
-/// Blocks of a panel: as many as share scales at most.
-const BLOCKS: usize = 8;
+/// Blocks of a panel, a multiple of those that share scales. With 64 rows and AVX-512 (Emerald Rapids) sixteen are up to a
+/// twelfth faster than eight; thirty-two gain nothing more, and lose with 16 rows.
+const BLOCKS: usize = 16;
 /// Bytes of a block's numbers, one each.
 const BLOCK_BYTES: usize = BLOCK * LANES;
 
 /// How many rows make a panel worth its while. Measured on Zen 3 with AVX2: at 8 rows it gains a fifth with numbers or
 /// scales that are hard to take apart, and loses a tenth with nibbles; at 16 it gains with both. Where eight rows fit
-/// the registers, nibbles are taken apart half as often: with AVX-512 on Emerald Rapids a panel loses a fifth with them,
-/// whatever their scales, and nothing is won or lost with the others.
+/// the registers, nibbles are taken apart half as often: with AVX-512 on Emerald Rapids a panel loses a thirtieth with them
+/// at 16 and 24 rows, whatever their scales, and gains up to a tenth at 64.
 pub(super) const fn least_rows<S: Simd, L: Layout>() -> usize {
-    if L::BITS == 8 || S::ROWS == GROUP && L::BITS == 4 {
+    if L::BITS == 8 {
         usize::MAX
-    } else if L::ABOVE > 0 || L::FACTORS {
+    } else if L::ABOVE > 0 || L::FACTORS && S::ROWS < GROUP {
         2 * S::ROWS
     } else {
         4 * S::ROWS
@@ -60,7 +61,7 @@ impl<S: Simd> Form<S> for OfPanel<S> {
 pub(super) unsafe fn times_groups<S: Simd, L: Layout>(
     simd: S,
     tile: &[u8],
-    ahead: usize,
+    ahead: &mut Ahead,
     rows: &QuantizedRows,
     groups: &[Group],
     out: *mut f32,
@@ -78,17 +79,17 @@ pub(super) unsafe fn times_groups<S: Simd, L: Layout>(
         // SAFETY: the tile has these blocks, which begin with one that has scales of its own; rows of a group of 8 have
         // as many, and room in `out`.
         unsafe {
-            panel.unpack::<L>(simd, tile.as_ptr(), ahead, blocks, first, count);
+            panel.unpack::<L>(simd, tile.as_ptr(), blocks, first, count);
             for (group, &place) in groups.iter().enumerate() {
                 let view = rows.view(place);
                 assert!(view.group.rows == GROUP);
                 for row in (0..GROUP).step_by(S::ROWS) {
-                    let x = Place::of(view, row).further::<GROUP>(first);
+                    let x = Place::of::<L>(view, row).further::<L, GROUP>(first);
                     let out = out.add((group * GROUP + row) * LANES);
                     if S::ROWS == 4 {
-                        panel.times_rows::<L, 4>(simd, count, x, first > 0, out);
+                        panel.times_rows::<L, 4>(simd, ahead, count, x, first > 0, out);
                     } else {
-                        panel.times_rows::<L, 8>(simd, count, x, first > 0, out);
+                        panel.times_rows::<L, 8>(simd, ahead, count, x, first > 0, out);
                     }
                 }
             }
@@ -102,14 +103,12 @@ impl<S: Simd> Panel<S> {
     ///
     /// # Safety
     /// `tile` holds `blocks` blocks of the layout, these among them; `first` and `count` are multiples of `L::SHARED`,
-    /// and `count` is at most [`BLOCKS`]. What lies `ahead` bytes further is asked for, if that is not 0, and need not be
-    /// there.
+    /// and `count` is at most [`BLOCKS`].
     #[inline(always)]
     unsafe fn unpack<L: Layout>(
         &mut self,
         simd: S,
         tile: *const u8,
-        ahead: usize,
         blocks: usize,
         first: usize,
         count: usize,
@@ -125,11 +124,6 @@ impl<S: Simd> Panel<S> {
                 let scales = Scales::<S, L>::begin(simd, factors);
                 factors = factors.add(L::SCALE_BYTES);
                 for block in 0..L::SHARED {
-                    if ahead > 0 {
-                        for line in 0..L::NUMBER_BYTES / 64 {
-                            simd.prefetch(numbers.wrapping_add(ahead + line * 64));
-                        }
-                    }
                     for quad in 0..BLOCK / 4 {
                         simd.store_bytes(to.add(quad * 64), quad_of_numbers::<S, L>(simd, numbers, quad));
                     }
@@ -154,6 +148,7 @@ impl<S: Simd> Panel<S> {
     unsafe fn times_rows<L: Layout, const M: usize>(
         &self,
         simd: S,
+        ahead: &mut Ahead,
         count: usize,
         mut x: Place,
         go_on: bool,
@@ -169,10 +164,11 @@ impl<S: Simd> Panel<S> {
         }
         for block in 0..count {
             unsafe {
+                ahead.ask(simd);
                 let scales = self.scales.as_ptr().add(block * L::HALVES).cast::<[S::F; 2]>();
                 add_block::<S, L, M, GROUP, _>(simd, &mut total, numbers, x, OfPanel::<S>(scales));
                 numbers = numbers.add(BLOCK_BYTES);
-                x = x.further::<GROUP>(1);
+                x = x.further::<L, GROUP>(1);
             }
         }
         for (row, total) in total.into_iter().enumerate() {

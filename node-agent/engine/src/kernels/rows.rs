@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd};
 use super::vector::Norm;
+use super::weights::Matrix;
 use super::{Compute, Operation};
 
 /// Numbers that share a scale, in weights and in activations.
@@ -13,8 +14,79 @@ pub(super) const BLOCK: usize = 32;
 const QUADS: usize = BLOCK / 4;
 /// Rows that lie interleaved at most.
 pub(super) const GROUP: usize = 8;
-/// Sums that are kept of a block: of its first half, its second half, and both.
-pub(super) const SUMS: usize = 3;
+
+/// What products with some formats ask for: for numbers that lie too large in memory, by how much; 0 for minimums. And
+/// scales of a block.
+const CORRECTIONS: [(u8, usize); 7] = [(0, 1), (0, 2), (4, 2), (8, 1), (16, 1), (32, 2), (128, 1)];
+
+/// Numbers of a block that all of them make.
+const PARTS: usize = parts_before(CORRECTIONS.len());
+
+const fn parts_before(correction: usize) -> usize {
+    let (mut parts, mut index) = (0, 0);
+    while index < correction {
+        parts += CORRECTIONS[index].1;
+        index += 1;
+    }
+    parts
+}
+
+/// Some of the corrections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Corrections(u8);
+
+impl Corrections {
+    /// The one that a format asks for whose numbers lie too large by `offset`, or which has minimums, with so many scales a
+    /// block.
+    pub(super) const fn of(offset: u8, halves: usize) -> Self {
+        let mut index = 0;
+        while CORRECTIONS[index].0 != offset || CORRECTIONS[index].1 != halves {
+            index += 1;
+        }
+        Self(1 << index)
+    }
+
+    /// Numbers of a block before the first one of these.
+    pub(super) const fn start(self) -> usize {
+        parts_before(self.0.trailing_zeros() as usize)
+    }
+
+    const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// What they make of each of so many blocks, and how much of it there is.
+    fn parts(self, blocks: usize) -> ([Part; PARTS], usize) {
+        let mut parts = [Part::default(); PARTS];
+        let mut count = 0;
+        for (index, (offset, halves)) in CORRECTIONS.into_iter().enumerate() {
+            if self.0 >> index & 1 == 1 {
+                for half in 0..halves {
+                    parts[count] = Part {
+                        offset: f32::from(offset),
+                        sum: if halves == 1 { 2 } else { half },
+                        next: parts_before(index) * blocks + half,
+                        step: halves,
+                    };
+                    count += 1;
+                }
+            }
+        }
+        (parts, count)
+    }
+}
+
+/// A number that is made of every block.
+#[derive(Clone, Copy, Default)]
+struct Part {
+    /// As [`CORRECTIONS`] have it.
+    offset: f32,
+    /// Of the first half, of the second, or of both.
+    sum: usize,
+    /// Where the next block's number goes, in rows of a group, and how far it is to the one after.
+    next: usize,
+    step: usize,
+}
 
 /// Rows, quantised: x = scale * q, with |q| <= 127.
 ///
@@ -23,16 +95,16 @@ pub(super) const SUMS: usize = 3;
 #[derive(Debug, Default)]
 pub(crate) struct QuantizedRows {
     columns: usize,
+    wanted: Corrections,
     groups: Vec<Group>,
     /// Shape of a group: `[columns / 4, rows]`, each four values.
     values: Vec<[i8; 4]>,
     /// Shape of a group: `[columns / 32, rows]`.
     scales: Vec<f32>,
-    /// Scale times sum of values. Shape of a group: `[columns / 32, 3, rows]`.
-    sums: Vec<f32>,
-    /// What bytes, which lie 128 too large in memory, have too much: -128 times the sum of values. Shape of a
-    /// group: `[columns / 32, rows]`.
-    excess: Vec<i32>,
+    /// For each of the wanted [`CORRECTIONS`], of each half or of the block, what products begin with: minus offset times sum
+    /// of values; or, for minimums, scale times sum of values, the bits of a float. Shape of a group:
+    /// `[corrections, columns / 32, halves, rows]`.
+    corrections: Vec<i32>,
 }
 
 /// Rows that lie interleaved.
@@ -48,8 +120,7 @@ pub(super) struct GroupView<'a> {
     pub(super) group: Group,
     pub(super) values: &'a [[i8; 4]],
     pub(super) scales: &'a [f32],
-    pub(super) sums: &'a [f32],
-    pub(super) excess: &'a [i32],
+    pub(super) corrections: &'a [i32],
 }
 
 /// Rows that registers hold at once.
@@ -84,6 +155,11 @@ impl QuantizedRows {
         self.columns
     }
 
+    /// Whether what a format wants was made.
+    pub(super) fn has(&self, wanted: Corrections) -> bool {
+        self.wanted.and(wanted) == self.wanted
+    }
+
     pub(super) fn groups(&self) -> &[Group] {
         &self.groups
     }
@@ -95,31 +171,34 @@ impl QuantizedRows {
             group,
             values: &self.values[range(self.columns / 4)],
             scales: &self.scales[range(self.columns / BLOCK)],
-            sums: &self.sums[range(self.columns / BLOCK * SUMS)],
-            excess: &self.excess[range(self.columns / BLOCK)],
+            corrections: &self.corrections[range(self.columns / BLOCK * PARTS)],
         }
     }
 
-    /// Quantises `[rows, columns]` numbers, normalised first where there is a norm. A row with a number that is not finite
-    /// gets scales that are not either: nothing hides a broken model.
+    /// Quantises `[rows, columns]` numbers for products with some matrices, normalised first where there is a norm. A row
+    /// with a number that is not finite gets scales that are not either: nothing hides a broken model.
     ///
     /// # Panics
-    /// When the columns are no multiple of 32, or do not divide the numbers, or the norm has another size.
-    pub(crate) fn set(&mut self, compute: &Compute, x: &[f32], columns: usize, norm: Option<Norm<'_>>) {
+    /// When there is no matrix, or the first one's columns are no multiple of 32, or do not divide the numbers, or the norm has
+    /// another size.
+    pub(crate) fn set(&mut self, compute: &Compute, x: &[f32], matrices: &[&Matrix], norm: Option<Norm<'_>>) {
+        let columns = matrices[0].columns();
+        let wanted = matrices.iter().fold(Corrections::default(), |wanted, matrix| {
+            wanted.and(matrix.correction())
+        });
         assert!(columns > 0 && columns.is_multiple_of(BLOCK) && x.len().is_multiple_of(columns));
         let rows = x.len() / columns;
         self.columns = columns;
+        self.wanted = wanted;
         self.groups.clear();
         self.groups.extend(compute.groups(rows));
         self.values.resize(rows * columns / 4, [0; 4]);
         self.scales.resize(rows * columns / BLOCK, 0.0);
-        self.sums.resize(rows * columns / BLOCK * SUMS, 0.0);
-        self.excess.resize(rows * columns / BLOCK, 0);
-        let (values, scales, sums, excess) = (
+        self.corrections.resize(rows * columns / BLOCK * PARTS, 0);
+        let (values, scales, corrections) = (
             SharedMut::new(&mut self.values),
             SharedMut::new(&mut self.scales),
-            SharedMut::new(&mut self.sums),
-            SharedMut::new(&mut self.excess),
+            SharedMut::new(&mut self.corrections),
         );
         let groups = &self.groups;
         let one = |index: usize| {
@@ -128,22 +207,21 @@ impl QuantizedRows {
                 group.first_row * width..(group.first_row + group.rows) * width
             };
             // SAFETY: groups are disjoint, each is written by one thread, and the buffers were sized above.
-            let (values, scales, sums, excess) = unsafe {
+            let (values, scales, corrections) = unsafe {
                 (
                     values.slice(range(columns / 4)),
                     scales.slice(range(columns / BLOCK)),
-                    sums.slice(range(columns / BLOCK * SUMS)),
-                    excess.slice(range(columns / BLOCK)),
+                    corrections.slice(range(columns / BLOCK * PARTS)),
                 )
             };
             compute.dispatch.run(Quantize {
                 x: &x[range(columns)],
                 rows: group.rows,
                 norm,
+                wanted,
                 values,
                 scales,
-                sums,
-                excess,
+                corrections,
             });
         };
         // A few thousand numbers are done before another thread has heard of them.
@@ -158,10 +236,10 @@ struct Quantize<'a> {
     x: &'a [f32],
     rows: usize,
     norm: Option<Norm<'a>>,
+    wanted: Corrections,
     values: &'a mut [[i8; 4]],
     scales: &'a mut [f32],
-    sums: &'a mut [f32],
-    excess: &'a mut [i32],
+    corrections: &'a mut [i32],
 }
 
 impl Operation for Quantize<'_> {
@@ -195,7 +273,7 @@ impl Quantize<'_> {
         let blocks = columns / BLOCK;
         assert!(self.x.len() == R * blocks * BLOCK);
         assert!(self.values.len() == blocks * QUADS * R && self.scales.len() == blocks * R);
-        assert!(self.sums.len() == blocks * SUMS * R && self.excess.len() == blocks * R);
+        assert!(self.corrections.len() == blocks * PARTS * R);
         let mut norms = [1.0_f32; R];
         if let Some(norm) = self.norm {
             assert!(norm.weight.len() == columns);
@@ -206,6 +284,7 @@ impl Quantize<'_> {
         let zero = simd.splat(0.0);
         let mut suspicion = [zero; R];
         let mut quads = Quads::new();
+        let (mut parts, count) = self.wanted.parts(blocks);
         // Divided and summed up for all rows at once.
         for block in 0..blocks {
             let mut numbers = [[zero; 2]; R];
@@ -255,20 +334,29 @@ impl Quantize<'_> {
             }
             let [first, second] = quads.sum_up::<S, R>(simd);
             let both = simd.add_i32(first, second);
-            let excess = simd.round(simd.mul(simd.to_float(both), simd.splat(-128.0)));
             let place = block * R;
             // SAFETY: the asserted lengths; four bytes are four values.
             unsafe {
                 let to = self.values.as_mut_ptr().add(place * QUADS);
                 std::ptr::copy_nonoverlapping(quads.values.as_ptr().cast(), to, QUADS * R);
                 first_of::<S, R>(simd, scales, self.scales.as_mut_ptr().add(place));
-                for (index, sum) in [first, second, both].into_iter().enumerate() {
-                    let sum = simd.mul(scales, simd.to_float(sum));
-                    first_of::<S, R>(simd, sum, self.sums.as_mut_ptr().add(place * SUMS + index * R));
+                let mut sums = [OfRows::<f32>::default(); 3];
+                for (place, sum) in sums.iter_mut().zip([first, second, both]) {
+                    simd.store(place.as_mut_ptr(), simd.to_float(sum));
                 }
-                let mut numbers: OfRows<i32> = [0; LANES];
-                simd.store_i32(numbers.as_mut_ptr(), excess);
-                std::ptr::copy_nonoverlapping(numbers.as_ptr(), self.excess.as_mut_ptr().add(place), R);
+                for part in &mut parts[..count] {
+                    let sum = simd.load(sums[part.sum].as_ptr());
+                    let mut numbers: OfRows<i32> = [0; LANES];
+                    if part.offset == 0.0 {
+                        simd.store(numbers.as_mut_ptr().cast(), simd.mul(scales, sum));
+                    } else {
+                        let excess = simd.mul(sum, simd.splat(-part.offset));
+                        simd.store_i32(numbers.as_mut_ptr(), simd.round(excess));
+                    }
+                    let to = self.corrections.as_mut_ptr().add(part.next * R);
+                    std::ptr::copy_nonoverlapping(numbers.as_ptr(), to, R);
+                    part.next += part.step;
+                }
             }
         }
         for (row, suspicion) in suspicion.into_iter().enumerate() {

@@ -75,6 +75,11 @@ pub(crate) trait Simd: Copy {
     unsafe fn store_i8(self, to: *mut i8, x: Self::I);
     /// No products yet.
     fn no_products(self) -> Self::I;
+    /// Products that go on from a sum, which is then nothing; or none yet, where products are not as wide as sums.
+    #[inline(always)]
+    fn begin_products(self, sum: &mut Self::I) -> Self::I {
+        std::mem::replace(sum, self.splat_i32(0))
+    }
     /// How often products with weights of so many bits, at most 6, may be added before they are settled: a
     /// power of two, at most 8.
     fn products_at_once(bits: usize) -> usize;

@@ -97,7 +97,7 @@ fn pack(compute: &Compute, dtype: GgmlDType, bytes: &[u8], shape: [usize; 2]) ->
 fn product(compute: &Compute, matrix: &Matrix, x: &[f32], out: &mut [f32], combine: Combine) {
     let mut quantized = QuantizedRows::default();
     if matrix.is_quantized() {
-        quantized.set(compute, x, matrix.columns(), None);
+        quantized.set(compute, x, &[matrix], None);
     }
     let rows = Rows {
         floats: x,
@@ -203,8 +203,8 @@ fn products_equal_plain_arithmetic_in_every_format_and_shape() {
     }
 }
 
-/// What files of small models have, and no multiples of 256: 32 columns, and 18 blocks, which fill two panels and begin
-/// a third.
+/// What files of small models have, and no multiples of 256: 32 columns, and 18 blocks, which fill a panel and begin
+/// another.
 #[test]
 fn narrow_matrices_work_in_the_formats_that_allow_them() {
     let mut rng = StdRng::seed_from_u64(3);
@@ -218,6 +218,63 @@ fn narrow_matrices_work_in_the_formats_that_allow_them() {
                 product(&compute, &matrix, &x, &mut out, Combine::Store);
                 let what = format!("{dtype:?} {columns} columns x {count}");
                 close(&out, &reference(&rounded(&x), &values, columns), 1e-4, &what);
+            }
+        }
+    }
+}
+
+/// What products begin with was not made for that format.
+#[test]
+#[should_panic(expected = "self.quantized.has")]
+fn rows_that_were_rounded_for_another_format_are_refused() {
+    let mut rng = StdRng::seed_from_u64(7);
+    let compute = Compute::new(1, Dispatch::best()).unwrap();
+    let [minimums, halves] = [GgmlDType::Q4_1, GgmlDType::Q6K].map(|dtype| {
+        let (bytes, _) = weights(&mut rng, dtype, 16, 256);
+        pack(&compute, dtype, &bytes, [16, 256])
+    });
+    let x = numbers(&mut rng, 256);
+    let mut quantized = QuantizedRows::default();
+    quantized.set(&compute, &x, &[&minimums], None);
+    let rows = Rows {
+        floats: &x,
+        quantized: &quantized,
+    };
+    let mut out = [0.0; 16];
+    let mut targets = [Target {
+        matrix: &halves,
+        out: &mut out,
+    }];
+    compute.product(rows, &mut targets, Combine::Store);
+}
+
+/// Rows of several matrices at once: what each asks for is made.
+#[test]
+fn formats_that_ask_for_different_corrections_share_rows() {
+    let mut rng = StdRng::seed_from_u64(8);
+    let columns = 768;
+    for compute in contexts() {
+        let matrices = QUANTIZED.map(|dtype| {
+            let (bytes, _) = weights(&mut rng, dtype, 16, columns);
+            pack(&compute, dtype, &bytes, [16, columns])
+        });
+        for count in [1, 5, 8, 64] {
+            let x = numbers(&mut rng, count * columns);
+            let mut quantized = QuantizedRows::default();
+            quantized.set(&compute, &x, &matrices.each_ref(), None);
+            for (matrix, dtype) in matrices.iter().zip(QUANTIZED) {
+                let (mut alone, mut together) = (vec![0.0; count * 16], vec![0.0; count * 16]);
+                product(&compute, matrix, &x, &mut alone, Combine::Store);
+                let rows = Rows {
+                    floats: &x,
+                    quantized: &quantized,
+                };
+                let mut targets = [Target {
+                    matrix,
+                    out: &mut together,
+                }];
+                compute.product(rows, &mut targets, Combine::Store);
+                assert_eq!(alone, together, "{dtype:?} x {count}");
             }
         }
     }
@@ -283,7 +340,7 @@ fn gated_products_equal_plain_arithmetic() {
         let (gate, up) = (pack(GgmlDType::Q4_1, &gate), pack(GgmlDType::Q8_0, &up));
         let x = numbers(&mut rng, 9 * columns);
         let mut quantized = QuantizedRows::default();
-        quantized.set(&compute, &x, columns, None);
+        quantized.set(&compute, &x, &[&gate, &up], None);
         let opened = reference(&rounded(&x), &gate_values, columns);
         let raised = reference(&rounded(&x), &up_values, columns);
         for kind in [Gate::Silu, Gate::Gelu] {

@@ -1,12 +1,11 @@
 //! The innermost loops: one tile of weights times some rows.
 
 use std::marker::PhantomData;
-use std::ops::Range;
 
 use super::floats::{BrainFloat, HalfPrecision, SinglePrecision, float_group};
 use super::panel;
 use super::product::{Products, Rows};
-use super::rows::{BLOCK, GROUP, Group, GroupView, SUMS};
+use super::rows::{BLOCK, GROUP, Group, GroupView};
 use super::simd::{LANES, Simd};
 use super::weights::{Format, Layout, Matrix, SIX_BIT_WORDS, six_bits_at, with_layout};
 
@@ -32,15 +31,16 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
         with_layout!(matrix.format(), L => {
             if full * GROUP >= panel::least_rows::<S, L>() {
                 let out = products.rows(0, full * GROUP);
+                let mut ahead = Ahead::new(data, matrix, full * passes::<S>(GROUP));
                 // SAFETY: `out` has room for these rows.
                 unsafe {
-                    panel::times_groups::<S, L>(simd, data, matrix.ahead(), rows.quantized, &piece[..full], out);
+                    panel::times_groups::<S, L>(simd, data, &mut ahead, rows.quantized, &piece[..full], out);
                 }
                 (done, left) = (full * GROUP, &piece[full..]);
             }
         }, _ => {});
     }
-    // Where a panel was, its making has asked already.
+    // Where a panel was, its products have asked already.
     let mut ahead = if done == 0 {
         Ahead::new(
             data,
@@ -121,7 +121,7 @@ unsafe fn rows_of_group<S: Simd, L: Layout, const M: usize, const G: usize>(
     for first in (0..G).step_by(M) {
         // SAFETY: the caller's promise; rows `first` to `first + M` are in the group.
         unsafe {
-            let x = Place::of(view, first);
+            let x = Place::of::<L>(view, first);
             let sums = blocks_times_rows::<S, L, M, G>(simd, tile.as_ptr(), ahead, blocks, x);
             for (row, sum) in sums.into_iter().enumerate() {
                 simd.store(out.add((first + row) * LANES), sum);
@@ -137,7 +137,7 @@ const fn passes<S: Simd>(rows: usize) -> usize {
 
 /// What is asked of memory before it is needed, across the ends of pages and tiles: a few rows are done as fast as it
 /// delivers. All passes over a tile ask for their share, so that memory has no rest while many rows are multiplied.
-struct Ahead {
+pub(super) struct Ahead {
     next: *const u8,
     /// A block's share, in lines of the cache.
     share: usize,
@@ -167,7 +167,7 @@ impl Ahead {
 
     /// Asks for the next block's share. What lies there need not be there.
     #[inline(always)]
-    fn ask<S: Simd>(&mut self, simd: S) {
+    pub(super) fn ask<S: Simd>(&mut self, simd: S) {
         let count = self.share.min(self.left);
         self.left -= count;
         for _ in 0..count {
@@ -182,31 +182,29 @@ impl Ahead {
 pub(super) struct Place {
     values: *const i32,
     scales: *const f32,
-    sums: *const f32,
-    excess: *const i32,
+    corrections: *const i32,
 }
 
 impl Place {
     /// The first block of a row of the group.
     #[inline(always)]
-    pub(super) fn of(view: GroupView<'_>, row: usize) -> Self {
+    pub(super) fn of<L: Layout>(view: GroupView<'_>, row: usize) -> Self {
         assert!(row < view.group.rows);
+        let start = L::CORRECTION.start() * view.scales.len();
         Self {
             values: view.values.as_ptr().cast::<i32>().wrapping_add(row),
             scales: view.scales.as_ptr().wrapping_add(row),
-            sums: view.sums.as_ptr().wrapping_add(row),
-            excess: view.excess.as_ptr().wrapping_add(row),
+            corrections: view.corrections.as_ptr().wrapping_add(start + row),
         }
     }
 
     /// So many blocks further, in a group of `G` rows; behind the last block it points nowhere.
     #[inline(always)]
-    pub(super) fn further<const G: usize>(self, blocks: usize) -> Self {
+    pub(super) fn further<L: Layout, const G: usize>(self, blocks: usize) -> Self {
         Self {
             values: self.values.wrapping_add(blocks * BLOCK / 4 * G),
             scales: self.scales.wrapping_add(blocks * G),
-            sums: self.sums.wrapping_add(blocks * SUMS * G),
-            excess: self.excess.wrapping_add(blocks * G),
+            corrections: self.corrections.wrapping_add(blocks * L::HALVES * G),
         }
     }
 }
@@ -235,7 +233,7 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
                 ahead.ask(simd);
                 add_block::<S, L, M, G, _>(simd, &mut total, numbers, x, Packed(&scales, block));
                 numbers = numbers.add(L::NUMBER_BYTES);
-                x = x.further::<G>(1);
+                x = x.further::<L, G>(1);
             }
         }
     }
@@ -246,7 +244,8 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
 pub(super) trait Form<S: Simd> {
     /// Whether its numbers are bytes already.
     const UNPACKED: bool;
-    /// What products of the block, or of one of its halves, are multiplied with, and what the activations' sums are.
+    /// What products of the block, or of one of its halves, are multiplied with, and what the activations' sums are where
+    /// the layout has minimums.
     ///
     /// # Safety
     /// The layout has so many halves.
@@ -267,8 +266,8 @@ impl<S: Simd, L: Layout> Form<S> for Packed<'_, S, L> {
 
 /// Adds the products of a block with `M` rows to their totals.
 ///
-/// Integer products of 16 rows of weights with `M` rows of activations are summed up exactly, then scaled. What the
-/// numbers were moved up by (`OFFSET`) and the minimums are added by way of the activations' sums.
+/// Integer products of 16 rows of weights with `M` rows of activations are summed up exactly, beginning with what comes of
+/// the numbers having been moved up by `OFFSET`, then scaled. Minimums are added by way of the activations' sums.
 ///
 /// # Safety
 /// `numbers` points at a block of the layout in this form; `x` is at the same block of the first of `M` rows in a group
@@ -281,28 +280,45 @@ pub(super) unsafe fn add_block<S: Simd, L: Layout, const M: usize, const G: usiz
     x: Place,
     block: B,
 ) {
-    let quads_of_half = 8 / L::HALVES;
+    let mut scaled = [simd.splat(0.0); M];
     // SAFETY (all below): the caller's promise.
     for half in 0..L::HALVES {
-        let quads = half * quads_of_half..(half + 1) * quads_of_half;
         unsafe {
             let products = if L::BITS == 8 {
-                products_of_bytes::<S, M, G>(simd, numbers, x.values, x.excess)
+                products_of_bytes::<S, M, G>(simd, numbers, x)
             } else {
-                products_of_quads::<S, L, M, G, B>(simd, numbers, quads, x.values)
+                products_of_quads::<S, L, M, G, B>(simd, numbers, half, x)
             };
-            let [scale, shift] = block.scales(simd, half);
-            let which = if L::HALVES == 1 { 2 } else { half };
+            let [scale, minimum] = block.scales(simd, half);
             for row in 0..M {
-                let scale = simd.mul(scale, simd.splat(*x.scales.add(row)));
-                total[row] = simd.fma(simd.to_float(products[row]), scale, total[row]);
-                if L::BITS != 8 {
-                    let sum = simd.splat(*x.sums.add(which * G + row));
-                    total[row] = simd.fma(shift, sum, total[row]);
+                let products = simd.to_float(products[row]);
+                let x_scale = simd.splat(*x.scales.add(row));
+                if L::HALVES == 1 {
+                    // Both scales first: they are there before the products are.
+                    total[row] = simd.fma(products, simd.mul(scale, x_scale), total[row]);
+                } else if half == 0 {
+                    scaled[row] = simd.mul(products, scale);
+                } else {
+                    scaled[row] = simd.fma(products, scale, scaled[row]);
+                    total[row] = simd.fma(scaled[row], x_scale, total[row]);
+                }
+                if L::MINIMUM {
+                    let sum = simd.splat(*x.corrections.cast::<f32>().add(half * G + row));
+                    total[row] = simd.fma(minimum, sum, total[row]);
                 }
             }
         }
     }
+}
+
+/// What products with a row begin with, for a half or for the block.
+///
+/// # Safety
+/// `x` is at a block of a row of a group of `G`; `row` of those behind it.
+#[inline(always)]
+unsafe fn excess<S: Simd, const G: usize>(simd: S, x: Place, half: usize, row: usize) -> S::I {
+    // SAFETY: the caller's promise.
+    simd.splat_i32(unsafe { *x.corrections.add(half * G + row) })
 }
 
 /// How `M` rows are summed up.
@@ -325,24 +341,34 @@ impl<S: Simd, const M: usize> SummedUp<S, M> {
     }
 }
 
-/// Products of some quads of a block, summed up exactly.
+/// Products of a half of a block, or of all of it where it has one scale, summed up exactly.
 ///
 /// # Safety
-/// `numbers` points at a block of the layout, whose bits are not 8, in this form; `values` at
-/// the same block of the first of `M` rows in a group of `G`; `quads` are below 8, as many as a scale is for.
+/// `numbers` points at a block of the layout, whose bits are not 8, in this form; `x` is at the same block of the first of
+/// `M` rows in a group of `G`; the layout has so many halves.
 #[inline(always)]
 unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize, B: Form<S>>(
     simd: S,
     numbers: *const u8,
-    quads: Range<usize>,
-    values: *const i32,
+    half: usize,
+    x: Place,
 ) -> [S::I; M] {
     let mut sums = [simd.splat_i32(0); M];
+    if L::OFFSET > 0 {
+        for (row, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *sum = unsafe { excess::<S, G>(simd, x, half, row) };
+        }
+    }
+    let quads = half * (8 / L::HALVES)..(half + 1) * (8 / L::HALVES);
     let at_once = S::products_at_once(L::BITS).min(8 / L::HALVES);
     let mut first = quads.start;
     while first < quads.end {
         let mut even = [simd.no_products(); M];
-        let mut odd = [simd.no_products(); M];
+        let mut odd = even;
+        for (sum, even) in sums.iter_mut().zip(&mut even) {
+            *even = simd.begin_products(sum);
+        }
         for quad in first..first + at_once {
             // SAFETY: the caller's promise.
             unsafe {
@@ -352,7 +378,7 @@ unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize, 
                     quad_of_numbers::<S, L>(simd, numbers, quad)
                 };
                 for row in 0..M {
-                    let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
+                    let x = simd.splat_i32(x.values.add(quad * G + row).read_unaligned());
                     let products = if SummedUp::<S, M>::TWO && quad % 2 == 1 {
                         &mut odd[row]
                     } else {
@@ -379,28 +405,26 @@ unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize, 
 /// Products of a block of whole bytes, 128 taken off each, summed up exactly.
 ///
 /// # Safety
-/// `numbers` points at a block of bytes; `values` and `excess` at the same block of the first of `M` rows in a group of
-/// `G`.
+/// `numbers` points at a block of bytes; `x` is at the same block of the first of `M` rows in a group of `G`.
 #[inline(always)]
 unsafe fn products_of_bytes<S: Simd, const M: usize, const G: usize>(
     simd: S,
     numbers: *const u8,
-    values: *const i32,
-    excess: *const i32,
+    x: Place,
 ) -> [S::I; M] {
     let mut even = [simd.splat_i32(0); M];
     let mut odd = even;
     // SAFETY (all below): the caller's promise.
     if S::UNSIGNED {
-        for row in 0..M {
-            even[row] = simd.splat_i32(unsafe { *excess.add(row) });
+        for (row, even) in even.iter_mut().enumerate() {
+            *even = unsafe { excess::<S, G>(simd, x, 0, row) };
         }
     }
     for quad in 0..BLOCK / 4 {
         unsafe {
             let weights = simd.load_bytes(numbers.add(quad * 64));
             for row in 0..M {
-                let x = simd.splat_i32(values.add(quad * G + row).read_unaligned());
+                let x = simd.splat_i32(x.values.add(quad * G + row).read_unaligned());
                 let sum = if SummedUp::<S, M>::TWO && quad % 2 == 1 {
                     &mut odd[row]
                 } else {
@@ -470,7 +494,7 @@ impl<S: Simd, L: Layout> Scales<S, L> {
         }
     }
 
-    /// What products are multiplied with, and what the activations' sums are.
+    /// What products are multiplied with, and what the activations' sums are where the layout has minimums.
     ///
     /// # Safety
     /// `block` is below `L::SHARED`, `half` below `L::HALVES`.
@@ -491,11 +515,7 @@ impl<S: Simd, L: Layout> Scales<S, L> {
                     minimum = simd.mul(minimum, factor);
                 }
             }
-            if L::MINIMUM {
-                [scale, minimum]
-            } else {
-                [scale, simd.mul(scale, simd.splat(-f32::from(L::OFFSET)))]
-            }
+            [scale, minimum]
         }
     }
 }

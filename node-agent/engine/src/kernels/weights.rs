@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use super::Compute;
 use super::memory::{Memory, Piece};
 use super::pool::SharedMut;
-use super::rows::BLOCK;
+use super::rows::{BLOCK, Corrections};
 use super::simd::LANES;
 use super::unpack::{Unpacked, unpack};
 
@@ -70,8 +70,10 @@ pub(super) trait Layout {
     const HALVES: usize;
     /// Whether a minimum is added.
     const MINIMUM: bool;
-    /// Taken off every number.
+    /// Taken off every number; 0 where there are minimums.
     const OFFSET: u8;
+    /// What products ask of quantised rows.
+    const CORRECTION: Corrections = Corrections::of(Self::OFFSET, Self::HALVES);
     /// Bits above those: none, 1 or 2.
     const ABOVE: usize = Self::BITS - Self::BASE;
     /// Quads whose bits above lie together.
@@ -289,6 +291,11 @@ impl Matrix {
 
     pub(super) fn format(&self) -> Format {
         self.format
+    }
+
+    /// What products with it ask of quantised rows.
+    pub(super) fn correction(&self) -> Corrections {
+        with_layout!(self.format, L => L::CORRECTION, _ => Corrections::default())
     }
 
     /// Whether it is multiplied with quantised rows.

@@ -487,6 +487,15 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         self.splat_i32(0)
     }
     #[inline(always)]
+    fn begin_products(self, sum: &mut Self::I) -> Self::I {
+        let nothing = self.splat_i32(0);
+        if VNNI {
+            std::mem::replace(sum, nothing)
+        } else {
+            nothing
+        }
+    }
+    #[inline(always)]
     fn products_at_once(bits: usize) -> usize {
         // Sums of two products fit 16 bits so often: 8 of 2 * 15 * 127, 4 of 2 * 31 * 127, 2 of 2 * 63 * 127.
         match bits {

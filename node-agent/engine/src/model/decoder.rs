@@ -245,9 +245,8 @@ fn prepared<'a>(
         }
         norm => (x, norm),
     };
-    let columns = matrices.first().map_or(1, |matrix| matrix.columns());
     if matrices.iter().any(|matrix| matrix.is_quantized()) {
-        quantized.set(compute, floats, columns, norm);
+        quantized.set(compute, floats, matrices, norm);
     }
     Rows { floats, quantized }
 }

@@ -46,7 +46,7 @@ fn pace_of_products() {
             let paces = ROWS.map(|rows| {
                 let x = numbers(&mut rng, rows * columns);
                 let mut quantized = QuantizedRows::default();
-                quantized.set(&compute, &x, columns, None);
+                quantized.set(&compute, &x, &[&matrices[0]], None);
                 let mut out = vec![0.0; rows * outputs];
                 let pace = pace(MATRICES * rows * outputs * columns, || {
                     for matrix in &matrices {
@@ -76,6 +76,8 @@ fn pace_of_rounding() {
     println!("thousand million numbers a second, normalised and rounded, of {ROWS:?} rows at once");
     for dispatch in Dispatch::available() {
         let compute = all_threads(dispatch);
+        let (bytes, _) = weights(&mut rng, GgmlDType::Q4_1, 16, columns);
+        let matrix = pack(&compute, GgmlDType::Q4_1, &bytes, [16, columns]);
         let weight = numbers(&mut rng, columns);
         let norm = Norm {
             weight: &weight,
@@ -86,7 +88,7 @@ fn pace_of_rounding() {
             let mut quantized = QuantizedRows::default();
             let pace = pace(MATRICES * rows * columns, || {
                 for _ in 0..MATRICES {
-                    quantized.set(&compute, &x, columns, Some(norm));
+                    quantized.set(&compute, &x, &[&matrix], Some(norm));
                 }
             });
             format!("{pace:7.2}")
