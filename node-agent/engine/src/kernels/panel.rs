@@ -23,10 +23,10 @@ const BLOCK_BYTES: usize = BLOCK * LANES;
 pub(super) const fn least_rows<S: Simd, L: Layout>() -> usize {
     if L::BITS == 8 {
         usize::MAX
-    } else if L::ABOVE > 0 || L::FACTORS && S::ROWS < GROUP {
-        2 * S::ROWS
-    } else {
+    } else if L::BITS == 4 && (S::ROWS == GROUP || !L::FACTORS) {
         4 * S::ROWS
+    } else {
+        2 * S::ROWS
     }
 }
 
@@ -113,7 +113,7 @@ impl<S: Simd> Panel<S> {
         first: usize,
         count: usize,
     ) {
-        // SAFETY (all below): the caller's promise; a panel has room for 8 blocks, each of 8 quads of 64 bytes.
+        // SAFETY (all below): the caller's promise; a panel has room for [`BLOCKS`] blocks, each of 8 quads of 64 bytes.
         let (mut numbers, mut factors) = unsafe {
             let factors = tile.add(blocks * L::NUMBER_BYTES + first / L::SHARED * L::SCALE_BYTES);
             (tile.add(first * L::NUMBER_BYTES), factors)

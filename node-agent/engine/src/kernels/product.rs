@@ -139,7 +139,10 @@ impl Rows<'_> {
         let count = self.floats.len() / matrix.columns();
         if matrix.is_quantized() {
             assert_eq!(self.quantized.columns(), matrix.columns());
-            assert!(self.quantized.has(matrix.correction()));
+            assert!(
+                self.quantized.has(matrix.correction()),
+                "rows were rounded for products with other formats"
+            );
             assert!(self.quantized.groups().iter().copied().eq(compute.groups(count)));
         }
         count

@@ -51,7 +51,7 @@ impl Corrections {
         parts_before(self.0.trailing_zeros() as usize)
     }
 
-    const fn and(self, other: Self) -> Self {
+    fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
@@ -83,8 +83,9 @@ struct Part {
     offset: f32,
     /// Of the first half, of the second, or of both.
     sum: usize,
-    /// Where the next block's number goes, in rows of a group, and how far it is to the one after.
+    /// Where the next block's number goes, in rows of a group.
     next: usize,
+    /// From there to the one after.
     step: usize,
 }
 
@@ -103,7 +104,7 @@ pub(crate) struct QuantizedRows {
     scales: Vec<f32>,
     /// For each of the wanted [`CORRECTIONS`], of each half or of the block, what products begin with: minus offset times sum
     /// of values; or, for minimums, scale times sum of values, the bits of a float. Shape of a group:
-    /// `[corrections, columns / 32, halves, rows]`.
+    /// `[corrections, columns / 32, halves, rows]`. There is room for all of them; what was not wanted holds anything.
     corrections: Vec<i32>,
 }
 
@@ -157,7 +158,7 @@ impl QuantizedRows {
 
     /// Whether what a format wants was made.
     pub(super) fn has(&self, wanted: Corrections) -> bool {
-        self.wanted.and(wanted) == self.wanted
+        self.wanted.with(wanted) == self.wanted
     }
 
     pub(super) fn groups(&self) -> &[Group] {
@@ -184,7 +185,7 @@ impl QuantizedRows {
     pub(crate) fn set(&mut self, compute: &Compute, x: &[f32], matrices: &[&Matrix], norm: Option<Norm<'_>>) {
         let columns = matrices[0].columns();
         let wanted = matrices.iter().fold(Corrections::default(), |wanted, matrix| {
-            wanted.and(matrix.correction())
+            wanted.with(matrix.correction())
         });
         assert!(columns > 0 && columns.is_multiple_of(BLOCK) && x.len().is_multiple_of(columns));
         let rows = x.len() / columns;
@@ -192,9 +193,12 @@ impl QuantizedRows {
         self.wanted = wanted;
         self.groups.clear();
         self.groups.extend(compute.groups(rows));
-        self.values.resize(rows * columns / 4, [0; 4]);
-        self.scales.resize(rows * columns / BLOCK, 0.0);
-        self.corrections.resize(rows * columns / BLOCK * PARTS, 0);
+        // Widths come and go: what there was room for is not written again.
+        let blocks = rows * columns / BLOCK;
+        self.values.resize(self.values.len().max(blocks * QUADS), [0; 4]);
+        self.scales.resize(self.scales.len().max(blocks), 0.0);
+        self.corrections
+            .resize(self.corrections.len().max(blocks * PARTS), 0);
         let (values, scales, corrections) = (
             SharedMut::new(&mut self.values),
             SharedMut::new(&mut self.scales),
@@ -335,27 +339,25 @@ impl Quantize<'_> {
             let [first, second] = quads.sum_up::<S, R>(simd);
             let both = simd.add_i32(first, second);
             let place = block * R;
-            // SAFETY: the asserted lengths; four bytes are four values.
+            // SAFETY: the asserted lengths; four bytes are four values; a part's last number goes before `blocks * PARTS`; of 16
+            // numbers `R` are copied.
             unsafe {
                 let to = self.values.as_mut_ptr().add(place * QUADS);
                 std::ptr::copy_nonoverlapping(quads.values.as_ptr().cast(), to, QUADS * R);
                 first_of::<S, R>(simd, scales, self.scales.as_mut_ptr().add(place));
-                let mut sums = [OfRows::<f32>::default(); 3];
-                for (place, sum) in sums.iter_mut().zip([first, second, both]) {
-                    simd.store(place.as_mut_ptr(), simd.to_float(sum));
-                }
+                let sums = [simd.to_float(first), simd.to_float(second), simd.to_float(both)];
                 for part in &mut parts[..count] {
-                    let sum = simd.load(sums[part.sum].as_ptr());
-                    let mut numbers: OfRows<i32> = [0; LANES];
+                    let to = self.corrections.as_mut_ptr().add(part.next * R);
+                    part.next += part.step;
+                    let sum = sums[part.sum];
                     if part.offset == 0.0 {
-                        simd.store(numbers.as_mut_ptr().cast(), simd.mul(scales, sum));
+                        first_of::<S, R>(simd, simd.mul(scales, sum), to.cast());
                     } else {
+                        let mut numbers: OfRows<i32> = [0; LANES];
                         let excess = simd.mul(sum, simd.splat(-part.offset));
                         simd.store_i32(numbers.as_mut_ptr(), simd.round(excess));
+                        std::ptr::copy_nonoverlapping(numbers.as_ptr(), to, R);
                     }
-                    let to = self.corrections.as_mut_ptr().add(part.next * R);
-                    std::ptr::copy_nonoverlapping(numbers.as_ptr(), to, R);
-                    part.next += part.step;
                 }
             }
         }

@@ -190,7 +190,7 @@ impl Place {
     #[inline(always)]
     pub(super) fn of<L: Layout>(view: GroupView<'_>, row: usize) -> Self {
         assert!(row < view.group.rows);
-        let start = L::CORRECTION.start() * view.scales.len();
+        let start = const { L::CORRECTION.start() } * view.scales.len();
         Self {
             values: view.values.as_ptr().cast::<i32>().wrapping_add(row),
             scales: view.scales.as_ptr().wrapping_add(row),
@@ -248,7 +248,7 @@ pub(super) trait Form<S: Simd> {
     /// the layout has minimums.
     ///
     /// # Safety
-    /// The layout has so many halves.
+    /// `half` is below the layout's halves.
     unsafe fn scales(&self, simd: S, half: usize) -> [S::F; 2];
 }
 
@@ -314,7 +314,8 @@ pub(super) unsafe fn add_block<S: Simd, L: Layout, const M: usize, const G: usiz
 /// What products with a row begin with, for a half or for the block.
 ///
 /// # Safety
-/// `x` is at a block of a row of a group of `G`; `row` of those behind it.
+/// `x` is at a block of a row of a group of `G`, of a layout with an offset; `half` is below its halves, and the group has
+/// `row` more rows.
 #[inline(always)]
 unsafe fn excess<S: Simd, const G: usize>(simd: S, x: Place, half: usize, row: usize) -> S::I {
     // SAFETY: the caller's promise.
@@ -345,7 +346,7 @@ impl<S: Simd, const M: usize> SummedUp<S, M> {
 ///
 /// # Safety
 /// `numbers` points at a block of the layout, whose bits are not 8, in this form; `x` is at the same block of the first of
-/// `M` rows in a group of `G`; the layout has so many halves.
+/// `M` rows in a group of `G`; `half` is below `L::HALVES`.
 #[inline(always)]
 unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize, B: Form<S>>(
     simd: S,
