@@ -157,7 +157,7 @@ impl Ahead {
         }
     }
 
-    const fn nothing() -> Self {
+    pub(super) const fn nothing() -> Self {
         Self {
             next: std::ptr::null(),
             share: 0,
@@ -242,8 +242,11 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
 
 /// A block as it lies somewhere.
 pub(super) trait Form<S: Simd> {
-    /// Whether its numbers are bytes already.
-    const UNPACKED: bool;
+    /// Four columns of 16 rows, one byte each.
+    ///
+    /// # Safety
+    /// `numbers` points at the block; `quad` is below 8.
+    unsafe fn quad(&self, simd: S, numbers: *const u8, quad: usize) -> S::B;
     /// What products of the block, or of one of its halves, are multiplied with, and what the activations' sums are where
     /// the layout has minimums.
     ///
@@ -253,10 +256,14 @@ pub(super) trait Form<S: Simd> {
 }
 
 /// A block of a tile: one of those that share scales.
-struct Packed<'a, S: Simd, L: Layout>(&'a Scales<S, L>, usize);
+pub(super) struct Packed<'a, S: Simd, L: Layout>(pub(super) &'a Scales<S, L>, pub(super) usize);
 
 impl<S: Simd, L: Layout> Form<S> for Packed<'_, S, L> {
-    const UNPACKED: bool = false;
+    #[inline(always)]
+    unsafe fn quad(&self, simd: S, numbers: *const u8, quad: usize) -> S::B {
+        // SAFETY: the caller's promise.
+        unsafe { quad_of_numbers::<S, L>(simd, numbers, quad) }
+    }
     #[inline(always)]
     unsafe fn scales(&self, simd: S, half: usize) -> [S::F; 2] {
         // SAFETY: the caller's promise; the block was one of these.
@@ -287,7 +294,7 @@ pub(super) unsafe fn add_block<S: Simd, L: Layout, const M: usize, const G: usiz
             let products = if L::BITS == 8 {
                 products_of_bytes::<S, M, G>(simd, numbers, x)
             } else {
-                products_of_quads::<S, L, M, G, B>(simd, numbers, half, x)
+                products_of_quads::<S, L, M, G, B>(simd, numbers, &block, half, x)
             };
             let [scale, minimum] = block.scales(simd, half);
             for row in 0..M {
@@ -351,6 +358,7 @@ impl<S: Simd, const M: usize> SummedUp<S, M> {
 unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize, B: Form<S>>(
     simd: S,
     numbers: *const u8,
+    block: &B,
     half: usize,
     x: Place,
 ) -> [S::I; M] {
@@ -373,11 +381,7 @@ unsafe fn products_of_quads<S: Simd, L: Layout, const M: usize, const G: usize, 
         for quad in first..first + at_once {
             // SAFETY: the caller's promise.
             unsafe {
-                let weights = if B::UNPACKED {
-                    simd.load_bytes(numbers.add(quad * 64))
-                } else {
-                    quad_of_numbers::<S, L>(simd, numbers, quad)
-                };
+                let weights = block.quad(simd, numbers, quad);
                 for row in 0..M {
                     let x = simd.splat_i32(x.values.add(quad * G + row).read_unaligned());
                     let products = if SummedUp::<S, M>::TWO && quad % 2 == 1 {
