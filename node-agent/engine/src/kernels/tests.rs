@@ -319,12 +319,22 @@ fn a_row_in_a_batch_equals_the_row_alone_to_the_bit() {
         for compute in contexts() {
             let matrix = pack(&compute, dtype, &bytes, [rows, columns]);
             let x = numbers(&mut rng, 39 * columns);
-            let mut together = vec![0.0; 39 * rows];
-            product(&compute, &matrix, &x, &mut together, Combine::Store);
-            for (x, together) in x.chunks_exact(columns).zip(together.chunks_exact(rows)) {
-                let mut alone = vec![0.0; rows];
-                product(&compute, &matrix, x, &mut alone, Combine::Store);
-                assert_eq!(alone, together, "{dtype:?} {}", compute.dispatch.name());
+            let mut alone = vec![0.0; 39 * rows];
+            for (x, alone) in x.chunks_exact(columns).zip(alone.chunks_exact_mut(rows)) {
+                product(&compute, &matrix, x, alone, Combine::Store);
+            }
+            // One to four groups of eight, and seven rows: what is done for many rows begins somewhere between.
+            for count in [15, 23, 31, 39] {
+                let mut together = vec![0.0; count * rows];
+                product(
+                    &compute,
+                    &matrix,
+                    &x[..count * columns],
+                    &mut together,
+                    Combine::Store,
+                );
+                let what = format!("{dtype:?} {}, {count} rows", compute.dispatch.name());
+                assert!(together == alone[..count * rows], "{what}");
             }
         }
     }

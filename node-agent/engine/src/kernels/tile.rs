@@ -157,6 +157,7 @@ impl Ahead {
         }
     }
 
+    /// For passes that ask for nothing.
     pub(super) const fn nothing() -> Self {
         Self {
             next: std::ptr::null(),
@@ -231,7 +232,16 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
             factors = factors.add(L::SCALE_BYTES);
             for block in 0..L::SHARED {
                 ahead.ask(simd);
-                add_block::<S, L, M, G, _>(simd, &mut total, numbers, x, Packed(&scales, block));
+                add_block::<S, L, M, G, _>(
+                    simd,
+                    &mut total,
+                    numbers,
+                    x,
+                    Packed {
+                        scales: &scales,
+                        block,
+                    },
+                );
                 numbers = numbers.add(L::NUMBER_BYTES);
                 x = x.further::<L, G>(1);
             }
@@ -256,7 +266,10 @@ pub(super) trait Form<S: Simd> {
 }
 
 /// A block of a tile: one of those that share scales.
-pub(super) struct Packed<'a, S: Simd, L: Layout>(pub(super) &'a Scales<S, L>, pub(super) usize);
+pub(super) struct Packed<'a, S: Simd, L: Layout> {
+    pub(super) scales: &'a Scales<S, L>,
+    pub(super) block: usize,
+}
 
 impl<S: Simd, L: Layout> Form<S> for Packed<'_, S, L> {
     #[inline(always)]
@@ -267,7 +280,7 @@ impl<S: Simd, L: Layout> Form<S> for Packed<'_, S, L> {
     #[inline(always)]
     unsafe fn scales(&self, simd: S, half: usize) -> [S::F; 2] {
         // SAFETY: the caller's promise; the block was one of these.
-        unsafe { self.0.of_half(simd, self.1, half) }
+        unsafe { self.scales.of_half(simd, self.block, half) }
     }
 }
 
@@ -504,7 +517,7 @@ impl<S: Simd, L: Layout> Scales<S, L> {
     /// # Safety
     /// `block` is below `L::SHARED`, `half` below `L::HALVES`.
     #[inline(always)]
-    pub(super) unsafe fn of_half(&self, simd: S, block: usize, half: usize) -> [S::F; 2] {
+    unsafe fn of_half(&self, simd: S, block: usize, half: usize) -> [S::F; 2] {
         if L::SIX_BITS {
             return self.made[block];
         }
@@ -542,7 +555,7 @@ fn six_bits<S: Simd>(simd: S, words: &[S::I; SIX_BIT_WORDS], index: usize) -> S:
 /// # Safety
 /// `numbers` points at a block of the layout; `quad` is below 8.
 #[inline(always)]
-pub(super) unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *const u8, quad: usize) -> S::B {
+unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *const u8, quad: usize) -> S::B {
     // SAFETY: the caller's promise: 64 bytes for as many quads as lie together, then the same for the bits above.
     unsafe {
         let together = 8 / L::BASE;
