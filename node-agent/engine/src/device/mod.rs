@@ -309,6 +309,7 @@ fn first_pass(mut runner: Runner, mut cache: KvCache, token: u32) -> Result<(Run
         position: 0,
         sequence: 0,
         wants_logits: true,
+        of_prompt: true,
     };
     runner.forward(&[row], &[&table], &mut cache)?;
     cache.release(&mut table);

@@ -190,6 +190,7 @@ mod tests {
             position,
             sequence,
             wants_logits: false,
+            of_prompt: true,
         };
         let runs = runs.iter();
         runs.flat_map(|&(sequence, position, count)| {

@@ -8,6 +8,9 @@
 //! In a block, keys lie transposed, `[head_dim, 32]`: 32 scores come out of as many additions as there are
 //! dimensions, and nothing is summed across lanes. Values lie `[32, padded head_dim]`.
 
+#[cfg(target_arch = "x86_64")]
+mod units;
+
 use std::cell::RefCell;
 
 pub(crate) use super::block::Numbers;
@@ -26,6 +29,8 @@ pub(crate) const SCALE_DIMS: usize = 32;
 const STRETCH_TOKENS: usize = 256;
 /// Rows of one sequence in a piece of work.
 const ROWS_PER_PIECE: usize = 16;
+/// The same for matrix units: keys and values are made ready for all of them.
+const ROWS_PER_PIECE_OF_UNITS: usize = 32;
 /// Queries that share each read of keys and values at most.
 pub(super) const QUERIES: usize = 8;
 
@@ -60,6 +65,8 @@ pub(crate) struct Run {
     pub(crate) rows: usize,
     /// Position of the first row.
     pub(crate) position: usize,
+    /// Whether matrix units compute it, where there are any.
+    pub(crate) of_prompt: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -121,17 +128,23 @@ impl Compute {
         for run in runs {
             assert!((run.first_row + run.rows) * width <= out.len());
             // The last see most and come first, so that no thread begins with the largest when others are done.
-            for start in (0..run.rows).step_by(ROWS_PER_PIECE).rev() {
+            let on_units = run.of_prompt && self.units_read_prompts();
+            let most = if on_units {
+                ROWS_PER_PIECE_OF_UNITS
+            } else {
+                ROWS_PER_PIECE
+            };
+            for start in (0..run.rows).step_by(most).rev() {
                 let part = Run {
                     first_row: run.first_row + start,
-                    rows: ROWS_PER_PIECE.min(run.rows - start),
+                    rows: most.min(run.rows - start),
                     position: run.position + start,
                     ..*run
                 };
                 let (first, last) = attention.stretches(&part);
                 for kv_head in 0..attention.kv_heads {
                     // Many rows keep all threads busy; a single one is cut along the context.
-                    if part.rows > 1 || first == last {
+                    if part.rows > 1 || first == last || on_units {
                         pieces.push(Piece {
                             run: part,
                             kv_head,
@@ -155,7 +168,7 @@ impl Compute {
         let mut partial = vec![0.0_f32; partials * numbers];
         let (partial_out, shared_out) = (SharedMut::new(&mut partial), SharedMut::new(out));
         self.pool.run(pieces.len(), 1, &|index| {
-            self.dispatch.run(Stretch {
+            let stretch = Stretch {
                 attention,
                 cache,
                 queries,
@@ -164,7 +177,13 @@ impl Compute {
                 after: pieces.get(index + 1).copied(),
                 out: shared_out,
                 partials: partial_out,
-            });
+            };
+            #[cfg(target_arch = "x86_64")]
+            if let (true, Some(units)) = (stretch.piece.run.of_prompt, self.dispatch.units()) {
+                units.run(stretch);
+                return;
+            }
+            self.dispatch.run(stretch);
         });
         let mut index = 0;
         while let Some(piece) = pieces.get(index) {
@@ -310,18 +329,7 @@ impl Operation for Stretch<'_> {
             part,
             wide,
         } = &mut room;
-        // Queries of the piece, `[rows, group]`, turned and scaled.
-        queries.set_length(count * padded);
-        for (index, query) in queries.chunks_exact_mut(padded).enumerate() {
-            let (row, head) = (index / group, self.piece.kv_head * group + index % group);
-            let start = ((run.first_row + row) * attention.heads + head) * dim;
-            let query = &mut query[..dim];
-            query.copy_from_slice(&self.queries[start..start + dim]);
-            if let Some(turn) = self.turn {
-                turn.head(simd, run.first_row + row, query);
-            }
-            query.iter_mut().for_each(|x| *x *= attention.scale);
-        }
+        self.turn_queries(simd, queries);
         let (first, last) = self.piece.stretches;
         total.set_length(count * numbers);
         part.set_length(if first < last { count * numbers } else { 0 });
@@ -347,17 +355,43 @@ impl Operation for Stretch<'_> {
             ROOM.replace(room);
             return;
         }
-        for (index, total) in total.chunks_exact(numbers).enumerate() {
-            let (row, head) = (index / group, self.piece.kv_head * group + index % group);
-            let start = ((run.first_row + row) * attention.heads + head) * dim;
-            // SAFETY: this row and head belong to this piece alone; the lengths were asserted.
-            finish(total, unsafe { self.out.slice(start..start + dim) });
-        }
+        self.write(total);
         ROOM.replace(room);
     }
 }
 
 impl Stretch<'_> {
+    /// Queries of the piece, `[rows, group, padded head_dim]`, turned and scaled.
+    #[inline(always)]
+    fn turn_queries<S: Simd>(&self, simd: S, queries: &mut Lines) {
+        let (attention, run) = (self.attention, self.piece.run);
+        let (dim, group) = (attention.head_dim, attention.group());
+        queries.set_length(run.rows * group * padded(dim));
+        for (index, query) in queries.chunks_exact_mut(padded(dim)).enumerate() {
+            let (row, head) = (index / group, self.piece.kv_head * group + index % group);
+            let start = ((run.first_row + row) * attention.heads + head) * dim;
+            let (query, padding) = query.split_at_mut(dim);
+            query.copy_from_slice(&self.queries[start..start + dim]);
+            if let Some(turn) = self.turn {
+                turn.head(simd, run.first_row + row, query);
+            }
+            query.iter_mut().for_each(|x| *x *= attention.scale);
+            padding.fill(0.0);
+        }
+    }
+
+    /// Writes the results of all queries.
+    fn write(&self, total: &[f32]) {
+        let (attention, run) = (self.attention, self.piece.run);
+        let (dim, group) = (attention.head_dim, attention.group());
+        for (index, total) in total.chunks_exact(partial_numbers(dim)).enumerate() {
+            let (row, head) = (index / group, self.piece.kv_head * group + index % group);
+            let start = ((run.first_row + row) * attention.heads + head) * dim;
+            // SAFETY: this row and head belong to this piece alone; the lengths were asserted.
+            finish(total, unsafe { self.out.slice(start..start + dim) });
+        }
+    }
+
     /// Adds a stretch's blocks to the partial results of all queries.
     #[inline(always)]
     fn stretch<S: Simd>(

@@ -14,6 +14,7 @@
 //! encode.rs    what an encoder needs beside products        │
 //! vector.rs    norms, gates, additions                      ┘
 //! simd.rs      the 16 lanes, in plain Rust; x86.rs: AVX-512 VNNI, AVX-VNNI, AVX2; arm.rs: NEON
+//! amx.rs       matrix units; bf16.rs: rows of prompts as they take them, and their products
 //! lines.rs     floats that begin with a line of the cache
 //! pool.rs      the threads; cores.rs: how many
 //! ```
@@ -22,15 +23,20 @@
 //! backend's value exists only on a processor that has its instructions ([`Dispatch`]).
 //!
 //! Every row is computed alike, whatever else is in its batch: the same operations in the same order. A
-//! row in a batch equals the row alone, bit for bit.
+//! row in a batch equals the row alone, bit for bit. (Where there are matrix units rows of prompts are computed by them, and
+//! rows of answers are not: a row is of one kind from the beginning.)
 #![allow(unsafe_code)]
 // Loops over lanes, rows and vectors of registers are unrolled by their constant bounds; several arrays are
 // walked by one index.
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "aarch64")]
 mod arm;
 pub(crate) mod attention;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod block;
 mod cores;
 pub(crate) mod encode;
@@ -63,6 +69,9 @@ use simd::{Portable, Simd};
 /// Instructions that a processor has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Level {
+    /// AMX with bfloat16 beside AVX-512: Intel's Xeons since Sapphire Rapids.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// AVX-512 with VNNI: Intel since Ice Lake, AMD since Zen 4.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -89,6 +98,8 @@ impl Level {
     /// All of this architecture, the best first.
     const ALL: &[Self] = &[
         #[cfg(target_arch = "x86_64")]
+        Self::Amx,
+        #[cfg(target_arch = "x86_64")]
         Self::Avx512,
         #[cfg(target_arch = "x86_64")]
         Self::AvxVnni,
@@ -105,6 +116,8 @@ impl Level {
 
     fn is_here(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512.is_here() && amx::Units::here().is_some(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 std::is_x86_feature_detected!("avx512f")
@@ -174,6 +187,8 @@ impl Dispatch {
     pub(crate) fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
+            Level::Amx => "AMX",
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "AVX-512 VNNI",
             #[cfg(target_arch = "x86_64")]
             Level::AvxVnni => "AVX-VNNI",
@@ -207,7 +222,7 @@ impl Dispatch {
         unsafe {
             match self.0 {
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => avx512(operation),
+                Level::Amx | Level::Avx512 => avx512(operation),
                 #[cfg(target_arch = "x86_64")]
                 Level::AvxVnni => avx_vnni(operation),
                 #[cfg(target_arch = "x86_64")]
@@ -254,6 +269,14 @@ pub(crate) struct Compute {
 }
 
 impl Compute {
+    /// Whether rows of prompts are computed by matrix units: what comes out differs from what vectors compute.
+    pub(crate) fn units_read_prompts(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.dispatch.units().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// On so many threads.
     ///
     /// # Errors

@@ -2,6 +2,8 @@
 
 use std::mem::MaybeUninit;
 
+#[cfg(target_arch = "x86_64")]
+use super::bf16::{Pair, Place};
 use super::pool::SharedMut;
 use super::rows::{GROUP, Group, QuantizedRows};
 use super::simd::{LANES, Simd};
@@ -58,14 +60,27 @@ impl Compute {
         let mut tiles = Vec::with_capacity(targets.len());
         let mut total = 0;
         let mut count = 0;
+        let of_prompts = rows.of_prompts(targets.iter().map(|target| target.matrix));
         for target in targets.iter_mut() {
             let matrix = target.matrix;
-            count = rows.check(self, matrix);
+            count = rows.check(self, matrix, of_prompts);
             assert_eq!(target.out.len(), count * matrix.rows());
             tiles.push((total, matrix, SharedMut::new(target.out)));
             total += matrix.tiles();
         }
-        let groups: Vec<Group> = self.groups(count).collect();
+        #[cfg(target_arch = "x86_64")]
+        self.with_units(rows, (count - of_prompts, of_prompts), combine, || {
+            let all: Vec<Place<'_>> = tiles
+                .iter()
+                .flat_map(|&(_, matrix, out)| {
+                    (0..matrix.tiles()).map(move |tile| Place { matrix, tile, out })
+                })
+                .collect();
+            all.chunks(2)
+                .map(|pair| Pair::Tiles(pair[0], pair.get(1).copied()))
+                .collect()
+        });
+        let groups: Vec<Group> = self.groups(count - of_prompts).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         self.pool.run(
             total * pieces.len(),
@@ -92,12 +107,24 @@ impl Compute {
     /// # Panics
     /// When shapes do not fit.
     pub(crate) fn gated(&self, rows: Rows<'_>, gate: (&Matrix, Gate), up: &Matrix, out: &mut [f32]) {
-        let count = rows.check(self, gate.0);
+        let of_prompts = rows.of_prompts([gate.0, up].into_iter());
+        let count = rows.check(self, gate.0, of_prompts);
         assert_eq!((gate.0.rows(), gate.0.columns()), (up.rows(), up.columns()));
         assert_eq!(out.len(), count * up.rows());
-        let _ = rows.check(self, up);
+        let _ = rows.check(self, up, of_prompts);
         let out = SharedMut::new(out);
-        let groups: Vec<Group> = self.groups(count).collect();
+        #[cfg(target_arch = "x86_64")]
+        self.with_units(rows, (count - of_prompts, of_prompts), Combine::Store, || {
+            let place = |tile| Place {
+                matrix: up,
+                tile,
+                out,
+            };
+            (0..up.tiles())
+                .map(|tile| Pair::Gated(gate.0, gate.1, place(tile)))
+                .collect()
+        });
+        let groups: Vec<Group> = self.groups(count - of_prompts).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         let total = up.tiles();
         self.pool.run(
@@ -117,6 +144,24 @@ impl Compute {
         );
     }
 
+    /// Multiplies the last rows, those of prompts, with the matrix units.
+    #[cfg(target_arch = "x86_64")]
+    fn with_units<'a>(
+        &self,
+        rows: Rows<'_>,
+        (first, of_prompts): (usize, usize),
+        combine: Combine,
+        pairs: impl FnOnce() -> Vec<Pair<'a>>,
+    ) {
+        if let Some(units) = self.dispatch.units()
+            && of_prompts > 0
+        {
+            // SAFETY: `check` has seen that matrices are quantised and as wide as the rows, and how long `out` is; these rows
+            // of it are written here alone.
+            unsafe { self.multiply_units(units, rows.quantized.as_bf16(), first, &pairs(), combine) }
+        }
+    }
+
     fn piece(&self, piece: Piece<'_>) {
         // Full groups come first.
         if piece.piece.first().is_some_and(|group| group.rows == GROUP) {
@@ -133,8 +178,17 @@ fn grain(units: usize, threads: usize) -> usize {
 }
 
 impl Rows<'_> {
-    /// Checks that they fit a matrix and lie as this level wants them. Gives the number of rows.
-    fn check(&self, compute: &Compute, matrix: &Matrix) -> usize {
+    /// Rows that matrix units multiply, at the end: none where a matrix is not quantised.
+    fn of_prompts<'a>(&self, mut matrices: impl Iterator<Item = &'a Matrix>) -> usize {
+        if matrices.all(Matrix::is_quantized) {
+            self.quantized.of_prompts()
+        } else {
+            0
+        }
+    }
+
+    /// Checks that they fit a matrix and lie as this level wants them, the last ones for matrix units. Gives the number of rows.
+    fn check(&self, compute: &Compute, matrix: &Matrix, of_prompts: usize) -> usize {
         assert!(matrix.columns() > 0 && self.floats.len().is_multiple_of(matrix.columns()));
         let count = self.floats.len() / matrix.columns();
         if matrix.is_quantized() {
@@ -143,7 +197,9 @@ impl Rows<'_> {
                 self.quantized.has(matrix.correction()),
                 "rows were rounded for products with other formats"
             );
-            assert!(self.quantized.groups().iter().copied().eq(compute.groups(count)));
+            assert_eq!(self.quantized.of_prompts(), of_prompts);
+            let left = compute.groups(count - of_prompts);
+            assert!(self.quantized.groups().iter().copied().eq(left));
         }
         count
     }

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::bf16::Bf16Rows;
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd};
 use super::vector::Norm;
@@ -106,6 +108,9 @@ pub(crate) struct QuantizedRows {
     /// of values; or, for minimums, scale times sum of values, the bits of a float. Shape of a group:
     /// `[corrections, columns / 32, halves, rows]`. There is room for all of them; what was not wanted holds anything.
     corrections: Vec<i32>,
+    /// Rows of prompts behind all those, where matrix units multiply them.
+    #[cfg(target_arch = "x86_64")]
+    of_prompts: Bf16Rows,
 }
 
 /// Rows that lie interleaved.
@@ -165,6 +170,19 @@ impl QuantizedRows {
         &self.groups
     }
 
+    /// Rows that matrix units multiply; they come last.
+    pub(super) fn of_prompts(&self) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        return self.of_prompts.rows();
+        #[cfg(not(target_arch = "x86_64"))]
+        0
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn as_bf16(&self) -> &Bf16Rows {
+        &self.of_prompts
+    }
+
     #[inline]
     pub(super) fn view(&self, group: Group) -> GroupView<'_> {
         let range = |width: usize| group.first_row * width..(group.first_row + group.rows) * width;
@@ -177,13 +195,32 @@ impl QuantizedRows {
     }
 
     /// Quantises `[rows, columns]` numbers for products with some matrices, normalised first where there is a norm. A row
-    /// with a number that is not finite gets scales that are not either: nothing hides a broken model.
+    /// with a number that is not finite gets scales that are not either: nothing hides a broken model. The last rows,
+    /// `of_prompts`, are left to the matrix units where there are any.
     ///
     /// # Panics
     /// When there is no matrix, or the first one's columns are no multiple of 32, or do not divide the numbers, or the norm has
-    /// another size.
-    pub(crate) fn set(&mut self, compute: &Compute, x: &[f32], matrices: &[&Matrix], norm: Option<Norm<'_>>) {
+    /// another size, or fewer rows are there than are `of_prompts`.
+    pub(crate) fn set(
+        &mut self,
+        compute: &Compute,
+        x: &[f32],
+        matrices: &[&Matrix],
+        norm: Option<Norm<'_>>,
+        of_prompts: usize,
+    ) {
         let columns = matrices[0].columns();
+        #[cfg(target_arch = "x86_64")]
+        let x = match compute.dispatch.units() {
+            Some(units) => {
+                let (first, last) = x.split_at(x.len() - of_prompts * columns);
+                self.of_prompts.set(compute, units, last, columns, norm);
+                first
+            }
+            None => x,
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = of_prompts;
         let wanted = matrices.iter().fold(Corrections::default(), |wanted, matrix| {
             wanted.with(matrix.correction())
         });

@@ -13,6 +13,8 @@ use super::*;
 mod attention;
 mod levels;
 mod pace;
+#[cfg(target_arch = "x86_64")]
+mod units;
 
 const QUANTIZED: [GgmlDType; 10] = [
     GgmlDType::Q4_0,
@@ -97,7 +99,7 @@ fn pack(compute: &Compute, dtype: GgmlDType, bytes: &[u8], shape: [usize; 2]) ->
 fn product(compute: &Compute, matrix: &Matrix, x: &[f32], out: &mut [f32], combine: Combine) {
     let mut quantized = QuantizedRows::default();
     if matrix.is_quantized() {
-        quantized.set(compute, x, &[matrix], None);
+        quantized.set(compute, x, &[matrix], None, 0);
     }
     let rows = Rows {
         floats: x,
@@ -235,8 +237,8 @@ fn rows_that_were_rounded_for_another_format_are_refused() {
     });
     let x = numbers(&mut rng, 256);
     let mut quantized = QuantizedRows::default();
-    quantized.set(&compute, &x, &[&halves], None);
-    quantized.set(&compute, &x, &[&minimums], None);
+    quantized.set(&compute, &x, &[&halves], None, 0);
+    quantized.set(&compute, &x, &[&minimums], None, 0);
     let rows = Rows {
         floats: &x,
         quantized: &quantized,
@@ -262,7 +264,7 @@ fn formats_that_ask_for_different_corrections_share_rows() {
         for count in [1, 5, 8, 64] {
             let x = numbers(&mut rng, count * columns);
             let mut quantized = QuantizedRows::default();
-            quantized.set(&compute, &x, &matrices.each_ref(), None);
+            quantized.set(&compute, &x, &matrices.each_ref(), None, 0);
             for (matrix, dtype) in matrices.iter().zip(QUANTIZED) {
                 let (mut alone, mut together) = (vec![0.0; count * 16], vec![0.0; count * 16]);
                 product(&compute, matrix, &x, &mut alone, Combine::Store);
@@ -351,7 +353,7 @@ fn gated_products_equal_plain_arithmetic() {
         let (gate, up) = (pack(GgmlDType::Q4_1, &gate), pack(GgmlDType::Q8_0, &up));
         let x = numbers(&mut rng, 9 * columns);
         let mut quantized = QuantizedRows::default();
-        quantized.set(&compute, &x, &[&gate, &up], None);
+        quantized.set(&compute, &x, &[&gate, &up], None, 0);
         let opened = reference(&rounded(&x), &gate_values, columns);
         let raised = reference(&rounded(&x), &up_values, columns);
         for kind in [Gate::Silu, Gate::Gelu] {

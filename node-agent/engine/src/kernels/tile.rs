@@ -517,7 +517,7 @@ impl<S: Simd, L: Layout> Scales<S, L> {
     /// # Safety
     /// `block` is below `L::SHARED`, `half` below `L::HALVES`.
     #[inline(always)]
-    unsafe fn of_half(&self, simd: S, block: usize, half: usize) -> [S::F; 2] {
+    pub(super) unsafe fn of_half(&self, simd: S, block: usize, half: usize) -> [S::F; 2] {
         if L::SIX_BITS {
             return self.made[block];
         }
@@ -555,7 +555,7 @@ fn six_bits<S: Simd>(simd: S, words: &[S::I; SIX_BIT_WORDS], index: usize) -> S:
 /// # Safety
 /// `numbers` points at a block of the layout; `quad` is below 8.
 #[inline(always)]
-unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *const u8, quad: usize) -> S::B {
+pub(super) unsafe fn quad_of_numbers<S: Simd, L: Layout>(simd: S, numbers: *const u8, quad: usize) -> S::B {
     // SAFETY: the caller's promise: 64 bytes for as many quads as lie together, then the same for the bits above.
     unsafe {
         let together = 8 / L::BASE;

@@ -1,5 +1,6 @@
 //! A decoder's forward pass over a ragged batch: rows of several sequences, each at its own position.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::config::{Activation, DecoderConfig};
@@ -21,6 +22,9 @@ pub(crate) struct Row {
     pub(crate) sequence: usize,
     /// Whether the logits after this row are wanted.
     pub(crate) wants_logits: bool,
+    /// Whether it was sent, and not written: matrix units, where there are any, compute the rows of prompts, and no others.
+    /// Rows of both kinds of one sequence are not in one step.
+    pub(crate) of_prompt: bool,
 }
 
 struct Layer {
@@ -79,7 +83,10 @@ struct Scratch {
 struct Step<'a> {
     config: &'a DecoderConfig,
     compute: &'a Compute,
+    /// Those for the matrix units come last.
     rows: &'a [Row],
+    /// How many those are.
+    of_prompts: usize,
     runs: &'a [Run],
     tables: &'a [&'a BlockTable],
     global: &'a Rotations,
@@ -154,6 +161,8 @@ impl Decoder {
     ) -> &mut [f32] {
         let (config, compute, scratch) = (&self.config, &self.compute, &mut self.scratch);
         let hidden = config.hidden_size;
+        let (ordered, of_prompts) = self::ordered(rows, compute.units_read_prompts());
+        let (wanting, rows) = (rows, &*ordered);
         let runs = runs(rows);
         scratch.x.resize(rows.len() * hidden, 0.0);
         for_each_row(&compute.pool, &mut scratch.x, hidden, |index, x| {
@@ -168,6 +177,7 @@ impl Decoder {
             config,
             compute,
             rows,
+            of_prompts,
             runs: &runs,
             tables,
             global: &global,
@@ -178,8 +188,12 @@ impl Decoder {
             layer.feed(&step, scratch);
         }
         scratch.wanted.clear();
-        for (row, x) in rows.iter().zip(scratch.x.chunks_exact(hidden)) {
-            if row.wants_logits {
+        let (first, last) = scratch.x.split_at((rows.len() - of_prompts) * hidden);
+        let (mut first, mut last) = (first.chunks_exact(hidden), last.chunks_exact(hidden));
+        for row in wanting {
+            let apart = of_prompts > 0 && row.of_prompt;
+            let x = if apart { last.next() } else { first.next() };
+            if let (Some(x), true) = (x, row.wants_logits) {
                 scratch.wanted.extend_from_slice(x);
             }
         }
@@ -188,7 +202,7 @@ impl Decoder {
         if wanted > 0 {
             let wanted = (scratch.wanted.as_slice(), Some(&self.norm));
             let (normed, quantized) = (&mut scratch.normed, &mut scratch.quantized);
-            let rows = prepared(compute, wanted, normed, quantized, &[&self.output]);
+            let rows = prepared(compute, wanted, (normed, quantized), &[&self.output], 0);
             product(
                 compute,
                 rows,
@@ -210,17 +224,28 @@ impl Decoder {
     }
 }
 
+/// The rows in their order, but if matrix units read prompts those of prompts behind all others; and how many those are.
+fn ordered(rows: &[Row], units: bool) -> (Cow<'_, [Row]>, usize) {
+    if !units {
+        return (Cow::Borrowed(rows), 0);
+    }
+    let (last, mut ordered): (Vec<Row>, Vec<Row>) = rows.iter().partition(|row| row.of_prompt);
+    ordered.extend_from_slice(&last);
+    (Cow::Owned(ordered), last.len())
+}
+
 /// Rows of one sequence, together.
 fn runs(rows: &[Row]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for (index, row) in rows.iter().enumerate() {
         match runs.last_mut() {
-            Some(run) if run.sequence == row.sequence => run.rows += 1,
+            Some(run) if run.sequence == row.sequence && run.of_prompt == row.of_prompt => run.rows += 1,
             _ => runs.push(Run {
                 sequence: row.sequence,
                 first_row: index,
                 rows: 1,
                 position: row.position,
+                of_prompt: row.of_prompt,
             }),
         }
     }
@@ -228,17 +253,18 @@ fn runs(rows: &[Row]) -> Vec<Run> {
 }
 
 /// Rows, normalised where there is a norm, in the forms in which these matrices of one width ask for them: where all are
-/// quantised, norm and rounding are one step.
+/// quantised, norm and rounding are one step, and the last rows, `of_prompts`, are for matrix units.
 fn prepared<'a>(
     compute: &Compute,
     (x, norm): (&'a [f32], Option<&RmsNorm>),
-    normed: &'a mut Vec<f32>,
-    quantized: &'a mut QuantizedRows,
+    (normed, quantized): (&'a mut Vec<f32>, &'a mut QuantizedRows),
     matrices: &[&Matrix],
+    of_prompts: usize,
 ) -> Rows<'a> {
     let norm = norm.map(RmsNorm::as_norm);
+    let all_quantized = matrices.iter().all(|matrix| matrix.is_quantized());
     let (floats, norm) = match norm {
-        Some(norm) if !matrices.iter().all(|matrix| matrix.is_quantized()) => {
+        Some(norm) if !all_quantized => {
             normed.resize(x.len(), 0.0);
             compute.normalize(norm, x, normed);
             (normed.as_slice(), None)
@@ -246,7 +272,8 @@ fn prepared<'a>(
         norm => (x, norm),
     };
     if matrices.iter().any(|matrix| matrix.is_quantized()) {
-        quantized.set(compute, floats, matrices, norm);
+        let of_prompts = if all_quantized { of_prompts } else { 0 };
+        quantized.set(compute, floats, matrices, norm, of_prompts);
     }
     Rows { floats, quantized }
 }
@@ -333,6 +360,7 @@ impl Layer {
             config,
             compute,
             rows,
+            of_prompts,
             runs,
             tables,
             global,
@@ -341,9 +369,9 @@ impl Layer {
         let normed = prepared(
             compute,
             (&scratch.x, Some(&self.attention_norm)),
-            &mut scratch.normed,
-            &mut scratch.quantized,
+            (&mut scratch.normed, &mut scratch.quantized),
             &[&self.query, &self.key, &self.value],
+            *of_prompts,
         );
         product(
             compute,
@@ -405,7 +433,13 @@ impl Layer {
             change,
             ..
         } = scratch;
-        let attended = prepared(compute, (attended, None), normed, quantized, &[&self.output]);
+        let attended = prepared(
+            compute,
+            (attended, None),
+            (normed, quantized),
+            &[&self.output],
+            *of_prompts,
+        );
         add_product(
             compute,
             attended,
@@ -432,9 +466,22 @@ impl Layer {
         };
         fed.resize(step.rows.len() * config.feed_forward, 0.0);
         let halves = [&self.gate, &self.up];
-        let from = prepared(compute, (x, Some(&self.feed_norm)), normed, quantized, &halves);
+        let of_prompts = step.of_prompts;
+        let from = prepared(
+            compute,
+            (x, Some(&self.feed_norm)),
+            (normed, quantized),
+            &halves,
+            of_prompts,
+        );
         compute.gated(from, (&self.gate, gate), &self.up, fed);
-        let fed = prepared(compute, (fed, None), normed, quantized, &[&self.down]);
+        let fed = prepared(
+            compute,
+            (fed, None),
+            (normed, quantized),
+            &[&self.down],
+            of_prompts,
+        );
         add_product(
             compute,
             fed,

@@ -116,6 +116,7 @@ impl DraftModel {
                     position,
                     sequence: index,
                     wants_logits: complete && position + 1 == end,
+                    of_prompt: false,
                 });
             }
             reader.read = end;
@@ -148,6 +149,7 @@ impl DraftModel {
                         position: running[one.index].tokens.len() + one.guess.len() - 1,
                         sequence: one.index,
                         wants_logits: true,
+                        of_prompt: false,
                     });
                 }
             }

@@ -34,6 +34,7 @@ use tracing::{debug, error, warn};
 use crate::constrain::Guide;
 use crate::device::Runner;
 use crate::engine::{Counters, FinishReason, Sink, StepCount};
+use crate::kernels::Compute;
 use crate::kernels::attention::BLOCK_TOKENS;
 use crate::kv::{BlockTable, KvCache, common_prefix};
 use crate::tokenizer::Tokenizer;
@@ -120,6 +121,7 @@ impl Scheduler {
         max_sequences: usize,
         draft: Option<DraftModel>,
     ) -> Self {
+        let pace = Pace::new(decoder.compute().is_some_and(Compute::units_read_prompts));
         Self {
             decoder,
             tokenizer,
@@ -131,7 +133,7 @@ impl Scheduler {
             running: Vec::new(),
             count: 0,
             draft,
-            pace: Pace::default(),
+            pace,
             cost: StepCost::default(),
             turns: Turns::default(),
         }
@@ -181,7 +183,10 @@ impl Scheduler {
 
     fn wait(&mut self, job: Job) {
         self.count += 1;
-        self.waiting.push_back(Sequence::new(job, self.count));
+        let compute = self.decoder.compute();
+        let reads_apart = compute.is_some_and(Compute::units_read_prompts);
+        self.waiting
+            .push_back(Sequence::new(job, self.count, reads_apart));
     }
 
     fn stop(&mut self) {
@@ -292,7 +297,7 @@ impl Scheduler {
             .running
             .iter()
             .filter(|one| !one.writes())
-            .map(Sequence::remaining)
+            .map(Sequence::readable)
             .collect();
         let budget = self.pace.prompt_rows(writing, prompts.iter().sum());
         let reads = !prompts.is_empty() && budget > 0;

@@ -13,6 +13,8 @@ const NEWEST: f64 = 0.3;
 const FIRST_ROWS: usize = 32;
 /// Fewest rows of a chunk: less would hardly be faster than one.
 const LEAST_ROWS: usize = 8;
+/// The same where weights are taken apart for prompts alone, which takes as long as those rows.
+const LEAST_ROWS_APART: usize = 32;
 /// Most rows of a chunk beside answers: more hardly cost less each.
 const CHUNK_ROWS: usize = 64;
 /// Most prompt rows of a step; what a kernel computes at once is well below.
@@ -25,8 +27,10 @@ const PAUSE_SECONDS: f64 = 0.04;
 const SHARE: f64 = 0.7;
 
 /// What steps cost, and what prompts have earned.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pace {
+    /// Fewest rows of a chunk.
+    least_rows: usize,
     /// Seconds of a step that holds answers only, and how many rows it had.
     decode: Option<(f64, usize)>,
     /// Seconds of one prompt row.
@@ -40,6 +44,16 @@ fn mix(before: Option<f64>, now: f64) -> f64 {
 }
 
 impl Pace {
+    /// `apart`: whether prompts are computed by other means than answers, which read the weights once more.
+    pub(super) fn new(apart: bool) -> Self {
+        Self {
+            least_rows: if apart { LEAST_ROWS_APART } else { LEAST_ROWS },
+            decode: None,
+            row_seconds: None,
+            earned: 0.0,
+        }
+    }
+
     /// Takes note of a step.
     pub(super) fn took(&mut self, decode_rows: usize, prompt_rows: usize, time: Duration) {
         let seconds = time.as_secs_f64();
@@ -63,9 +77,9 @@ impl Pace {
 
     /// One chunk can be saved up for, and no more: then answers would stand still for long.
     fn earn(&mut self, seconds: f64) {
-        let most = self
-            .row_seconds
-            .map_or(PAUSE_SECONDS, |row| PAUSE_SECONDS.max(row * LEAST_ROWS as f64));
+        let most = self.row_seconds.map_or(PAUSE_SECONDS, |row| {
+            PAUSE_SECONDS.max(row * self.least_rows as f64)
+        });
         self.earned = (self.earned + seconds).min(most);
     }
 
@@ -82,9 +96,11 @@ impl Pace {
         // Not a number, and below zero, become 0.
         let rows = |seconds: f64| (seconds / row_seconds.max(1e-9)) as usize;
         if decode_rows == 0 {
-            return rows(ALONE_SECONDS).clamp(LEAST_ROWS, MOST_ROWS);
+            return rows(ALONE_SECONDS).clamp(self.least_rows, MOST_ROWS);
         }
-        let chunk = rows(PAUSE_SECONDS).clamp(LEAST_ROWS, CHUNK_ROWS).min(remaining);
+        let chunk = rows(PAUSE_SECONDS)
+            .clamp(self.least_rows, CHUNK_ROWS)
+            .min(remaining);
         if chunk as f64 * row_seconds <= self.earned + 1e-9 {
             chunk
         } else {
@@ -126,7 +142,7 @@ mod tests {
     /// Steps of four answers, 5 ms each, beside a prompt without end whose rows cost `row` ms: the chunks,
     /// and the share of the time that the answers had.
     fn beside_a_prompt(row: f64) -> (Vec<usize>, f64) {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(false);
         pace.took(0, 100, Duration::from_secs_f64(row / 10.0));
         let (mut chunks, mut all) = (Vec::new(), 0.0);
         for _ in 0..400 {
@@ -155,7 +171,7 @@ mod tests {
 
     #[test]
     fn what_nobody_waits_beside_is_read_at_once() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(false);
         assert_eq!(pace.prompt_rows(0, 1000), 128);
         pace.took(0, 128, milliseconds(128));
         assert_eq!(pace.prompt_rows(0, 1000), 250);
@@ -168,7 +184,7 @@ mod tests {
 
     #[test]
     fn rows_stay_within_bounds_before_and_after_odd_measurements() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(false);
         assert_eq!(pace.prompt_rows(3, 1000), FIRST_ROWS);
         pace.took(3, 4, Duration::ZERO);
         pace.took(3, 0, Duration::ZERO);

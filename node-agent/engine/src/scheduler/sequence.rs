@@ -43,6 +43,9 @@ pub(super) struct Sequence {
     /// Tokens whose keys and values are in the cache.
     pub(super) position: usize,
     prompt_tokens: usize,
+    /// Whether rows of its prompt are computed apart, by matrix units: not in a step with rows of its answer, and what those
+    /// leave in the cache is not what a prompt of the same text would.
+    reads_apart: bool,
     max_tokens: usize,
     lookup: Option<Lookup>,
     /// Tokens guessed for this step; their rows follow the last token's.
@@ -67,7 +70,7 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(job: Job, number: u64) -> Self {
+    pub(super) fn new(job: Job, number: u64, reads_apart: bool) -> Self {
         let wants_logprobs = job.sampling.logprobs.is_some();
         Self {
             sampler: Sampler::new(job.sampling, &job.prompt),
@@ -82,6 +85,7 @@ impl Sequence {
             prompt_tokens: job.prompt.len(),
             tokens: job.prompt,
             position: 0,
+            reads_apart,
             max_tokens: job.max_tokens,
             lookup: job.speculate.then(Lookup::default),
             guess: Vec::new(),
@@ -112,6 +116,23 @@ impl Sequence {
         self.tokens.len() - self.position
     }
 
+    /// Rows that a step may hold of those.
+    pub(super) fn readable(&self) -> usize {
+        match self.prompt_tokens.checked_sub(self.position) {
+            Some(of_prompt) if self.reads_apart && of_prompt > 0 => of_prompt,
+            _ => self.remaining(),
+        }
+    }
+
+    /// Tokens at the beginning that others may have computed, or use.
+    fn shareable(&self) -> usize {
+        if self.reads_apart {
+            self.prompt_tokens
+        } else {
+            self.tokens.len()
+        }
+    }
+
     /// Whether it writes: everything but the last token is in the cache.
     pub(super) fn writes(&self) -> bool {
         self.remaining() == 1
@@ -123,7 +144,8 @@ impl Sequence {
 
     /// Takes its place in the batch, with what the cache knows of its beginning.
     pub(super) fn admit(&mut self, cache: &mut KvCache) {
-        self.position = cache.attach(&mut self.table, &self.tokens);
+        let shareable = self.shareable();
+        self.position = cache.attach(&mut self.table, &self.tokens[..shareable]);
         if !self.started {
             self.started = true;
             let _ = (self.sink)(GenerateEvent::Started {
@@ -165,6 +187,9 @@ impl Sequence {
 
     /// Tokens that may be guessed: the last one of an answer is chosen in any case.
     pub(super) fn room_for_guess(&self) -> usize {
+        if self.reads_apart && self.generated() == 0 {
+            return 0;
+        }
         self.max_tokens.saturating_sub(self.generated() + 1)
     }
 
@@ -199,6 +224,7 @@ impl Sequence {
                 position,
                 sequence: index,
                 wants_logits: self.score.is_some() || position + 1 == self.tokens.len(),
+                of_prompt: position < self.prompt_tokens,
             });
         }
         if end < self.tokens.len() {
@@ -210,6 +236,7 @@ impl Sequence {
                 position: end + offset,
                 sequence: index,
                 wants_logits: true,
+                of_prompt: false,
             });
         }
     }
@@ -281,6 +308,7 @@ impl Sequence {
         } else {
             self.position - self.position % BLOCK_TOKENS
         };
+        let ready = ready.min(self.shareable());
         if ready > self.table.published() {
             cache.publish(&mut self.table, &self.tokens[..ready]);
         }

@@ -73,7 +73,7 @@ fn gates_norms_and_rotations_are_the_same_at_every_level_to_the_bit() {
             let gate = pack(compute, GgmlDType::Q4_1, &gate, [rows, columns]);
             let up = pack(compute, GgmlDType::Q6K, &up, [rows, columns]);
             let mut quantized = QuantizedRows::default();
-            quantized.set(compute, &x, &[&gate, &up], None);
+            quantized.set(compute, &x, &[&gate, &up], None, 0);
             let mut out = vec![0.0; 9 * rows];
             let rows = Rows {
                 floats: &x,
@@ -142,7 +142,7 @@ fn a_norm_and_rounding_in_one_step_are_what_they_are_one_after_the_other() {
             compute.normalize(norm, &x, &mut normed);
             let multiplied = |x: &[f32], norm| {
                 let mut quantized = QuantizedRows::default();
-                quantized.set(&compute, x, &[&matrix], norm);
+                quantized.set(&compute, x, &[&matrix], norm, 0);
                 let mut out = vec![0.0_f32; rows * 16];
                 let rows = Rows {
                     floats: x,
@@ -240,6 +240,7 @@ fn attention_is_the_same_at_every_level_to_the_bit() {
                             first_row: 0,
                             rows,
                             position: 150 - rows,
+                            of_prompt: false,
                         };
                         let mut out = vec![0.0; queries.len()];
                         compute.attend(&attention, cache, &[run], (&queries, None), &mut out);

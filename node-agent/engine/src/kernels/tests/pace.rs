@@ -46,7 +46,7 @@ fn pace_of_products() {
             let paces = ROWS.map(|rows| {
                 let x = numbers(&mut rng, rows * columns);
                 let mut quantized = QuantizedRows::default();
-                quantized.set(&compute, &x, &[&matrices[0]], None);
+                quantized.set(&compute, &x, &[&matrices[0]], None, 0);
                 let mut out = vec![0.0; rows * outputs];
                 let pace = pace(MATRICES * rows * outputs * columns, || {
                     for matrix in &matrices {
@@ -88,7 +88,7 @@ fn pace_of_rounding() {
             let mut quantized = QuantizedRows::default();
             let pace = pace(MATRICES * rows * columns, || {
                 for _ in 0..MATRICES {
-                    quantized.set(&compute, &x, &[&matrix], Some(norm));
+                    quantized.set(&compute, &x, &[&matrix], Some(norm), 0);
                 }
             });
             format!("{pace:7.2}")
@@ -157,6 +157,7 @@ fn pace_of_attention() {
                     first_row: sequence * rows,
                     rows,
                     position: tokens - rows,
+                    of_prompt: false,
                 })
                 .collect();
             let queries = numbers(&mut rng, sequences * rows * width);

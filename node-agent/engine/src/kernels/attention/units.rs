@@ -1,0 +1,322 @@
+//! Attention of a prompt's rows on matrix units.
+//!
+//! Sixteen queries meet a block of the cache at once, in bfloat16. All scores of a stretch are there before their largest is
+//! looked for, so that nothing that was summed up has to be scaled again but between stretches.
+
+use std::arch::x86_64::{__mmask16, _mm512_mask_max_ps, _mm512_maskz_mov_ps};
+use std::cell::RefCell;
+
+use super::super::amx::{HalfTile, TILE_FLOATS, TILE_ROWS, Units, Work, store_pairs, store_rounded};
+use super::super::x86::Avx512;
+use super::*;
+
+/// Blocks of a stretch.
+const BLOCKS: usize = STRETCH_TOKENS / BLOCK_TOKENS;
+/// Queries that are worked on together: two tiles.
+const TOGETHER: usize = 2 * TILE_ROWS;
+
+/// What a thread keeps from one piece to the next: room whose numbers are written before they are read.
+#[derive(Default)]
+struct Tiles {
+    /// `[queries / 16, dimensions / 32]`, each 16 queries of 32 dimensions.
+    queries: Vec<HalfTile>,
+    /// `[blocks, 2, dimensions / 32]`, each 32 dimensions of 16 tokens.
+    keys: Vec<HalfTile>,
+    /// `[dimensions / 16, blocks]`, each 32 tokens of 16 dimensions.
+    values: Vec<HalfTile>,
+    /// Weights, `[2, blocks]`, each 16 queries of 32 tokens.
+    weights: Vec<HalfTile>,
+    /// Scores, `[blocks, 2, 2, 16, 16]`; then sums of values, `[dimensions / 32, 2, 2, 16, 16]`.
+    sums: Lines,
+}
+
+thread_local! {
+    static TILES: RefCell<Tiles> = RefCell::default();
+}
+
+/// Some blocks that a stretch's queries see, and of which tokens they are.
+#[derive(Clone, Copy)]
+struct Seen {
+    first_block: usize,
+    blocks: usize,
+    /// First token and the one behind the last.
+    begin: usize,
+    end: usize,
+}
+
+impl Work for Stretch<'_> {
+    #[inline(always)]
+    fn run(self, simd: Avx512, units: Units) {
+        let (attention, run) = (self.attention, self.piece.run);
+        let numbers = partial_numbers(attention.head_dim);
+        let count = run.rows * attention.group();
+        // Taken and put back, so that a panic leaves no room, and not one that is borrowed for ever.
+        let (mut room, mut tiles) = (ROOM.take(), TILES.take());
+        self.turn_queries(simd, &mut room.queries);
+        self.round_queries(simd, &room.queries, &mut tiles.queries);
+        let (first, last) = self.piece.stretches;
+        room.total.set_length(count * numbers);
+        room.part
+            .set_length(if first < last { count * numbers } else { 0 });
+        for stretch in first..=last {
+            let seen = self.seen(stretch);
+            self.take_blocks(simd, seen, &mut room.wide, &mut tiles);
+            let to = if stretch == first {
+                &mut room.total
+            } else {
+                &mut room.part
+            };
+            for query in (0..count).step_by(TOGETHER) {
+                self.some_queries(
+                    simd,
+                    units,
+                    seen,
+                    query..count.min(query + TOGETHER),
+                    &mut tiles,
+                    to,
+                );
+            }
+            if stretch != first {
+                Join {
+                    total: &mut room.total,
+                    next: &room.part,
+                    numbers,
+                }
+                .run(simd);
+            }
+        }
+        self.write(&room.total);
+        ROOM.replace(room);
+        TILES.replace(tiles);
+    }
+}
+
+impl Stretch<'_> {
+    fn seen(&self, stretch: usize) -> Seen {
+        let run = self.piece.run;
+        let begin = self.attention.first_position(run.position);
+        let begin = begin.max(stretch * STRETCH_TOKENS);
+        let end = (run.position + run.rows).min((stretch + 1) * STRETCH_TOKENS);
+        let first_block = begin / BLOCK_TOKENS;
+        Seen {
+            first_block,
+            blocks: end.div_ceil(BLOCK_TOKENS) - first_block,
+            begin,
+            end,
+        }
+    }
+
+    /// Queries as the units take them. What lies behind the last is of no account.
+    #[inline(always)]
+    fn round_queries(&self, simd: Avx512, queries: &[f32], to: &mut Vec<HalfTile>) {
+        let (dim, padded) = (self.attention.head_dim, padded(self.attention.head_dim));
+        let (chunks, count) = (dim.div_ceil(2 * LANES), queries.len() / padded);
+        let tiles = count.div_ceil(TOGETHER) * 2 * chunks;
+        to.resize(to.len().max(tiles), HalfTile::ZERO);
+        for (index, query) in queries.chunks_exact(padded).enumerate() {
+            for chunk in 0..chunks {
+                let tile = &mut to[index / TILE_ROWS * chunks + chunk].0;
+                let line = &mut tile[index % TILE_ROWS * 2 * LANES..][..2 * LANES];
+                let start = chunk * 2 * LANES;
+                // SAFETY: 16 numbers are there where `start` lies, and 16 more if the padded query has them; a line has 32 places.
+                unsafe {
+                    let first = simd.load(query[start..].as_ptr());
+                    let second = if start + LANES < padded {
+                        simd.load(query[start + LANES..].as_ptr())
+                    } else {
+                        simd.splat(0.0)
+                    };
+                    store_rounded([first, second], line.as_mut_ptr());
+                }
+            }
+        }
+    }
+
+    /// Keys and values of a stretch's blocks as the units take them.
+    #[inline(always)]
+    fn take_blocks(
+        &self,
+        simd: Avx512,
+        seen: Seen,
+        [wide_keys, wide_values]: &mut [Lines; 2],
+        tiles: &mut Tiles,
+    ) {
+        let dim = self.attention.head_dim;
+        let (padded, chunks) = (padded(dim), dim.div_ceil(2 * LANES));
+        assert!(seen.blocks <= BLOCKS);
+        let keys = BLOCKS * 2 * chunks;
+        tiles.keys.resize(tiles.keys.len().max(keys), HalfTile::ZERO);
+        tiles
+            .values
+            .resize(tiles.values.len().max(2 * chunks * BLOCKS), HalfTile::ZERO);
+        for index in 0..seen.blocks {
+            let block = seen.first_block + index;
+            let (keys, values) = self
+                .cache
+                .block(self.piece.run.sequence, block, self.piece.kv_head);
+            wide_keys.set_length(keys.len());
+            wide_values.set_length(values.len());
+            widen(simd, keys, Lie::Keys, dim, wide_keys);
+            widen(simd, values, Lie::Values { padded }, dim, wide_values);
+            assert!(wide_keys.len() >= dim * BLOCK_TOKENS && wide_values.len() >= BLOCK_TOKENS * padded);
+            let (keys, values) = (wide_keys.as_ptr(), wide_values.as_ptr());
+            // SAFETY (both): the assertion, for places below `dim` and 32, and below `padded` and 32.
+            for half in 0..2 {
+                for chunk in 0..chunks {
+                    let tile = &mut tiles.keys[(index * 2 + half) * chunks + chunk];
+                    for line in 0..TILE_ROWS {
+                        let d = chunk * 2 * LANES + 2 * line;
+                        let mut pair = [simd.splat(0.0); 2];
+                        for (odd, numbers) in pair.iter_mut().enumerate() {
+                            if d + odd < dim {
+                                *numbers =
+                                    unsafe { simd.load(keys.add((d + odd) * BLOCK_TOKENS + half * LANES)) };
+                            }
+                        }
+                        store_pairs(simd, pair, tile, line);
+                    }
+                }
+            }
+            // Behind the last token nothing was written yet.
+            let there = seen.end - block * BLOCK_TOKENS;
+            for start in (0..padded).step_by(LANES) {
+                let tile = &mut tiles.values[start / LANES * BLOCKS + index];
+                for line in 0..TILE_ROWS {
+                    let mut pair = [simd.splat(0.0); 2];
+                    for (odd, numbers) in pair.iter_mut().enumerate() {
+                        if 2 * line + odd < there {
+                            *numbers = unsafe { simd.load(values.add((2 * line + odd) * padded + start)) };
+                        }
+                    }
+                    store_pairs(simd, pair, tile, line);
+                }
+            }
+        }
+    }
+
+    /// The partial results of two tiles of queries, or one, for a stretch.
+    #[inline(always)]
+    fn some_queries(
+        &self,
+        simd: Avx512,
+        units: Units,
+        seen: Seen,
+        queries: std::ops::Range<usize>,
+        tiles: &mut Tiles,
+        partials: &mut [f32],
+    ) {
+        let dim = self.attention.head_dim;
+        let (padded, chunks, numbers) = (padded(dim), dim.div_ceil(2 * LANES), partial_numbers(dim));
+        let first = queries.start / TILE_ROWS * chunks;
+        // Of scores, or of values' sums.
+        let both = 4 * TILE_FLOATS;
+        tiles.sums.set_length(BLOCKS.max(chunks) * both);
+        tiles.weights.resize(2 * BLOCKS, HalfTile::ZERO);
+        assert!(tiles.queries.len() >= first + 2 * chunks && seen.blocks <= BLOCKS);
+        assert!(tiles.keys.len() >= BLOCKS * 2 * chunks && tiles.values.len() >= 2 * chunks * BLOCKS);
+        let sums = tiles.sums.as_mut_ptr();
+        let rows = [first, first + chunks].map(|tile| tiles.queries.as_ptr().wrapping_add(tile));
+        let shaped = units.shape();
+        for block in 0..seen.blocks {
+            let keys = [2 * block, 2 * block + 1].map(|half| tiles.keys.as_ptr().wrapping_add(half * chunks));
+            // SAFETY: the assertions; there is room for the scores of as many blocks.
+            unsafe { shaped.multiply::<2>(rows, keys, chunks, sums.add(block * both), false) }
+        }
+        drop(shaped);
+        for query in queries.clone() {
+            let index = query - queries.start;
+            let partial = &mut partials[query * numbers..(query + 1) * numbers];
+            self.weigh(
+                simd,
+                seen,
+                (query, index),
+                &tiles.sums,
+                &mut tiles.weights,
+                partial,
+            );
+        }
+        let weights = [0, BLOCKS].map(|tile| tiles.weights.as_ptr().wrapping_add(tile));
+        let sums = tiles.sums.as_mut_ptr();
+        let shaped = units.shape();
+        for chunk in 0..chunks {
+            let values =
+                [2 * chunk, 2 * chunk + 1].map(|tile| tiles.values.as_ptr().wrapping_add(tile * BLOCKS));
+            // SAFETY: the assertions; scores are not looked at any more.
+            unsafe { shaped.multiply::<2>(weights, values, seen.blocks, sums.add(chunk * both), false) }
+        }
+        drop(shaped);
+        for query in queries.clone() {
+            let (tile, line) = ((query - queries.start) / TILE_ROWS, query % TILE_ROWS);
+            let partial = &mut partials[query * numbers..][..padded];
+            for (index, to) in partial.chunks_exact_mut(LANES).enumerate() {
+                let place = index / 2 * both + (tile * 2 + index % 2) * TILE_FLOATS + line * LANES;
+                to.copy_from_slice(&tiles.sums[place..place + LANES]);
+            }
+        }
+    }
+
+    /// Turns the scores of a query, the `index`th of those that are worked on, into weights; their sums, and the score that they
+    /// refer to, go to its partial results.
+    #[inline(always)]
+    fn weigh(
+        &self,
+        simd: Avx512,
+        seen: Seen,
+        (query, index): (usize, usize),
+        scores: &[f32],
+        weights: &mut [HalfTile],
+        partial: &mut [f32],
+    ) {
+        let position = self.piece.run.position + query / self.attention.group();
+        let base = seen.first_block * BLOCK_TOKENS;
+        let from = self.attention.first_position(position).max(seen.begin) - base;
+        let to = (position + 1).min(seen.end).saturating_sub(base);
+        let (tile, line) = (index / TILE_ROWS, index % TILE_ROWS);
+        let place = |half: usize| {
+            let tile = half / 2 * 4 + tile * 2 + half % 2;
+            &scores[tile * TILE_FLOATS + line * LANES..][..LANES]
+        };
+        // SAFETY (all below): places have 16 scores; a line of a tile has 32 places; partial results have 32 numbers behind the
+        // padded dimensions.
+        let mut most = simd.splat(f32::NEG_INFINITY);
+        for half in 0..2 * seen.blocks {
+            let mask = mask_of(from, to, half * LANES);
+            most = unsafe { _mm512_mask_max_ps(most, mask, most, simd.load(place(half).as_ptr())) };
+        }
+        let mut most = simd.reduce_max(most);
+        if from < to && most == f32::NEG_INFINITY {
+            // Scores that are no numbers, or lie below all: not the same as none.
+            most = f32::NAN;
+        }
+        let reference = simd.splat(most);
+        let mut sum = simd.splat(0.0);
+        for block in 0..seen.blocks {
+            let mut both = [simd.splat(0.0); 2];
+            for (half, weights) in both.iter_mut().enumerate() {
+                let half = 2 * block + half;
+                let mask = mask_of(from, to, half * LANES);
+                if mask != 0 {
+                    let score = unsafe { simd.load(place(half).as_ptr()) };
+                    let weight = exp(simd, simd.sub(score, reference));
+                    *weights = unsafe { _mm512_maskz_mov_ps(mask, weight) };
+                    sum = simd.add(sum, *weights);
+                }
+            }
+            let line = &mut weights[tile * BLOCKS + block].0[line * 2 * LANES..][..2 * LANES];
+            unsafe { store_rounded(both, line.as_mut_ptr()) }
+        }
+        let rest = &mut partial[padded(self.attention.head_dim)..][..2 * LANES];
+        rest.fill(0.0);
+        unsafe { simd.store(rest.as_mut_ptr(), sum) }
+        rest[LANES] = most;
+    }
+}
+
+/// Which of 16 tokens from `start` on lie in a range.
+#[inline(always)]
+fn mask_of(from: usize, to: usize, start: usize) -> __mmask16 {
+    let from = from.saturating_sub(start).min(LANES);
+    let to = to.saturating_sub(start).min(LANES);
+    let below = |end: usize| (1_u32 << end) - 1;
+    (below(to.max(from)) & !below(from)) as __mmask16
+}

@@ -1,0 +1,370 @@
+//! Rows of prompts in bfloat16, and their products with quantised weights on matrix units.
+//!
+//! A strip of a matrix (some pairs of tiles) is taken apart a few blocks at a time; all rows meet those while they lie in the
+//! first-level cache. Sums stay in the second-level cache meanwhile.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::amx::{HalfTile, TILE_FLOATS, TILE_ROWS, Units, Work, store_rounded, unpack};
+use super::lines::Lines;
+use super::pool::SharedMut;
+use super::product::{Combine, Gate};
+use super::rows::BLOCK;
+use super::simd::{LANES, Simd};
+use super::vector::{Norm, gelu, silu};
+use super::weights::{Matrix, with_layout};
+use super::x86::Avx512;
+use super::{Compute, Dispatch};
+
+/// Blocks that are taken apart at once at most. Two tiles of eight or nine (16 to 18 KiB) leave room for rows in the
+/// first-level cache; with sixteen a core of Emerald Rapids was a sixth slower.
+const PANEL_BLOCKS: usize = 9;
+/// Pairs of tiles of a strip at most: rows are fetched once for all of them, a few blocks at a time. With one pair, products of
+/// 512 rows 2048 long had two thirds of the pace.
+const STRIP_PAIRS: usize = 8;
+/// Strips that a thread should find, so that all are done at nearly the same time.
+const STRIPS_PER_THREAD: usize = 3;
+/// Fewest rows for which weights are taken apart again, so that more threads find work.
+const LEAST_ROWS: usize = 64;
+
+/// Rows as matrix units take them.
+#[derive(Debug, Default)]
+pub(crate) struct Bf16Rows {
+    columns: usize,
+    rows: usize,
+    /// `[rows / 16, columns / 32]`, each 16 rows of 32 numbers. Behind the last row are zeros.
+    tiles: Vec<HalfTile>,
+}
+
+impl Bf16Rows {
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Rounds `[rows, columns]` numbers, normalised first where there is a norm.
+    ///
+    /// # Panics
+    /// When columns are no multiple of 32, or do not divide the numbers, or the norm has another size.
+    pub(crate) fn set(
+        &mut self,
+        compute: &Compute,
+        units: Units,
+        x: &[f32],
+        columns: usize,
+        norm: Option<Norm<'_>>,
+    ) {
+        assert!(columns > 0 && columns.is_multiple_of(BLOCK) && x.len().is_multiple_of(columns));
+        assert!(norm.is_none_or(|norm| norm.weight.len() == columns));
+        let blocks = columns / BLOCK;
+        self.columns = columns;
+        self.rows = x.len() / columns;
+        let count = self.rows.div_ceil(TILE_ROWS);
+        // Widths come and go: what there was room for is not written again.
+        self.tiles
+            .resize(self.tiles.len().max(count * blocks), HalfTile::ZERO);
+        let tiles = &mut self.tiles[..count * blocks];
+        compute.pool.for_each_chunk(tiles, blocks, |group, tiles| {
+            let width = TILE_ROWS * columns;
+            units.run(Round {
+                x: &x[group * width..x.len().min((group + 1) * width)],
+                norm,
+                tiles,
+            });
+        });
+    }
+}
+
+/// Sixteen rows, or fewer at the end.
+struct Round<'a> {
+    /// `[rows, columns]`.
+    x: &'a [f32],
+    norm: Option<Norm<'a>>,
+    /// `[columns / 32]`.
+    tiles: &'a mut [HalfTile],
+}
+
+impl Work for Round<'_> {
+    #[inline(always)]
+    fn run(self, simd: Avx512, _: Units) {
+        let columns = self.tiles.len() * BLOCK;
+        assert!(
+            self.x.len() <= TILE_ROWS * columns && self.norm.is_none_or(|norm| norm.weight.len() == columns)
+        );
+        let mut rows = self.x.chunks_exact(columns);
+        for row in 0..TILE_ROWS {
+            let Some(x) = rows.next() else {
+                for tile in &mut *self.tiles {
+                    tile.0[row * BLOCK..(row + 1) * BLOCK].fill(0);
+                }
+                continue;
+            };
+            let factor = simd.splat(self.norm.map_or(1.0, |norm| norm.factor(simd, x)));
+            for (block, tile) in self.tiles.iter_mut().enumerate() {
+                // SAFETY: the row has 32 numbers for each tile, a norm as many weights; a tile has 32 places for each row.
+                unsafe {
+                    let x = x.as_ptr().add(block * BLOCK);
+                    let mut numbers = [simd.load(x), simd.load(x.add(LANES))];
+                    if let Some(norm) = self.norm {
+                        for (half, numbers) in numbers.iter_mut().enumerate() {
+                            let weight = simd.load(norm.weight.as_ptr().add(block * BLOCK + half * LANES));
+                            *numbers = simd.mul(simd.mul(*numbers, factor), weight);
+                        }
+                    }
+                    store_rounded(numbers, tile.0.as_mut_ptr().add(row * BLOCK));
+                }
+            }
+        }
+    }
+}
+
+/// A tile of a matrix, and where its product goes.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) matrix: &'a Matrix,
+    pub(super) tile: usize,
+    /// `[rows, rows of the matrix]`.
+    pub(super) out: SharedMut<f32>,
+}
+
+/// What is multiplied at once.
+#[derive(Clone, Copy)]
+pub(super) enum Pair<'a> {
+    /// Two tiles, or the last one.
+    Tiles(Place<'a>, Option<Place<'a>>),
+    /// A tile of the gate, and the one that it opens.
+    Gated(&'a Matrix, Gate, Place<'a>),
+}
+
+impl<'a> Pair<'a> {
+    fn matrices(&self) -> [(&'a Matrix, usize); 2] {
+        match *self {
+            Self::Tiles(left, right) => [left, right.unwrap_or(left)].map(|place| (place.matrix, place.tile)),
+            Self::Gated(gate, _, place) => [(gate, place.tile), (place.matrix, place.tile)],
+        }
+    }
+}
+
+impl Compute {
+    /// Multiplies rows with tiles; `first_row` is the first one's place in what comes out.
+    ///
+    /// # Safety
+    /// Matrices are quantised and as wide as the rows; what comes out has room for all rows, and nobody else writes there.
+    pub(super) unsafe fn multiply_units(
+        &self,
+        units: Units,
+        rows: &Bf16Rows,
+        first_row: usize,
+        pairs: &[Pair<'_>],
+        combine: Combine,
+    ) {
+        let wanted = self.pool.threads() * STRIPS_PER_THREAD;
+        let width = (pairs.len() / wanted).clamp(1, STRIP_PAIRS);
+        let strips = pairs.len().div_ceil(width);
+        // Few strips and many threads: each has its rows.
+        let parts = (wanted / strips.max(1)).clamp(1, rows.rows.div_ceil(LEAST_ROWS).max(1));
+        let parts = if strips >= self.pool.threads() { 1 } else { parts };
+        let part_rows = rows.rows.div_ceil(parts).next_multiple_of(2 * TILE_ROWS);
+        let parts = rows.rows.div_ceil(part_rows);
+        self.pool.run(strips * parts, 1, &|index| {
+            let (strip, part) = (index / parts, index % parts);
+            let start = part * part_rows;
+            units.run(Strip {
+                rows,
+                range: start..rows.rows.min(start + part_rows),
+                first_row,
+                pairs: &pairs[strip * width..pairs.len().min((strip + 1) * width)],
+                combine,
+            });
+        });
+    }
+}
+
+/// What a thread keeps from one strip to the next: room whose numbers are written before they are read.
+#[derive(Default)]
+struct Room {
+    /// Some blocks of weights, `[pairs, 2, PANEL_BLOCKS]`.
+    panels: Vec<HalfTile>,
+    /// Sums, `[pairs, rows / 16, 2, 16, 16]`.
+    sums: Lines,
+}
+
+thread_local! {
+    static ROOM: RefCell<Room> = RefCell::default();
+}
+
+/// One piece of work.
+struct Strip<'a> {
+    rows: &'a Bf16Rows,
+    /// Of those rows; it begins with a multiple of 32.
+    range: Range<usize>,
+    first_row: usize,
+    pairs: &'a [Pair<'a>],
+    combine: Combine,
+}
+
+impl Work for Strip<'_> {
+    #[inline(always)]
+    fn run(self, simd: Avx512, units: Units) {
+        let blocks = self.rows.columns / BLOCK;
+        let groups = self.range.start / TILE_ROWS..self.range.end.div_ceil(TILE_ROWS);
+        assert!(self.range.start.is_multiple_of(TILE_ROWS) && self.range.end <= self.rows.rows);
+        assert!(self.pairs.len() <= STRIP_PAIRS);
+        // Taken and put back, so that a panic leaves no room, and not one that is borrowed for ever.
+        let mut room = ROOM.take();
+        room.panels.resize(STRIP_PAIRS * 2 * PANEL_BLOCKS, HalfTile::ZERO);
+        room.sums
+            .set_length(self.pairs.len() * groups.len() * 2 * TILE_FLOATS);
+        // Blocks that share scales come in eights.
+        let panels = blocks.div_ceil(PANEL_BLOCKS);
+        let even = blocks.div_ceil(panels.max(1));
+        let step = if blocks.is_multiple_of(8) { 8 } else { even };
+        // Vectors have half their pace for a while after the units: one does its work for all pairs before the other.
+        for first in (0..blocks).step_by(step) {
+            let count = step.min(blocks - first);
+            let panels = room.panels.chunks_exact_mut(2 * PANEL_BLOCKS);
+            for ((index, pair), panel) in self.pairs.iter().enumerate().zip(panels) {
+                self.unpack(simd, (index, pair), (first, count), panel);
+            }
+            self.multiply(units, &groups, (first, count), &room.panels, &mut room.sums);
+        }
+        for (pair, sums) in self
+            .pairs
+            .iter()
+            .zip(room.sums.chunks_exact(groups.len() * 2 * TILE_FLOATS))
+        {
+            self.finish(simd, pair, sums);
+        }
+        ROOM.replace(room);
+    }
+}
+
+impl Strip<'_> {
+    /// Takes some blocks of a pair apart, `[2, PANEL_BLOCKS]`.
+    #[inline(always)]
+    fn unpack(
+        &self,
+        simd: Avx512,
+        (index, pair): (usize, &Pair<'_>),
+        (first, count): (usize, usize),
+        panel: &mut [HalfTile],
+    ) {
+        // What is taken apart after this: the next pair's blocks, or the first one's next.
+        let (after, first_after) = match self.pairs.get(index + 1) {
+            Some(next) => (next, first),
+            None => (&self.pairs[0], first + count),
+        };
+        let places = pair.matrices().into_iter().zip(after.matrices());
+        for (((matrix, tile), (after, tile_after)), to) in places.zip(panel.chunks_exact_mut(PANEL_BLOCKS)) {
+            let next = (after.tile(tile_after), first_after);
+            with_layout!(matrix.format(), L => {
+                let blocks = matrix.columns() / BLOCK;
+                unpack::<L>(simd, matrix.tile(tile), blocks, (first, count), next, to);
+            }, _ => unreachable!("weights that are not quantised"));
+        }
+    }
+
+    /// Adds products of some blocks to the sums of all pairs and groups of rows; the first blocks' are the first.
+    #[inline(always)]
+    fn multiply(
+        &self,
+        units: Units,
+        groups: &Range<usize>,
+        (first, count): (usize, usize),
+        panels: &[HalfTile],
+        sums: &mut [f32],
+    ) {
+        let blocks = self.rows.columns / BLOCK;
+        assert!(first + count <= blocks && (1..=PANEL_BLOCKS).contains(&count));
+        assert!(panels.len() >= self.pairs.len() * 2 * PANEL_BLOCKS);
+        assert!(sums.len() == self.pairs.len() * groups.len() * 2 * TILE_FLOATS);
+        assert!(self.rows.tiles.len() >= groups.end * blocks);
+        let mut sums = sums.as_mut_ptr();
+        let shaped = units.shape();
+        for panel in panels.chunks_exact(2 * PANEL_BLOCKS).take(self.pairs.len()) {
+            let weights = [&panel[0], &panel[PANEL_BLOCKS]].map(std::ptr::from_ref);
+            for group in groups.clone().step_by(2) {
+                let rows = self.rows.tiles.as_ptr().wrapping_add(group * blocks + first);
+                // SAFETY: the assertions: rows and panel have these blocks, and there is room for the sums of all pairs and
+                // groups, which are there from the second panel on.
+                unsafe {
+                    if group + 1 < groups.end {
+                        let rows = [rows, rows.wrapping_add(blocks)];
+                        shaped.multiply::<2>(rows, weights, count, sums, first > 0);
+                        sums = sums.add(4 * TILE_FLOATS);
+                    } else {
+                        shaped.multiply::<1>([rows], weights, count, sums, first > 0);
+                        sums = sums.add(2 * TILE_FLOATS);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes what becomes of a pair's sums, `[rows / 16, 2, 16, 16]`.
+    #[inline(always)]
+    fn finish(&self, simd: Avx512, pair: &Pair<'_>, sums: &[f32]) {
+        for row in self.range.clone() {
+            let (group, line) = ((row - self.range.start) / TILE_ROWS, row % TILE_ROWS);
+            let sums = &sums[group * 2 * TILE_FLOATS..][..2 * TILE_FLOATS];
+            // SAFETY: a group has two tiles of 16 times 16 sums; the promise of who made the strip.
+            unsafe {
+                let left = simd.load(sums.as_ptr().add(line * LANES));
+                let right = simd.load(sums.as_ptr().add(TILE_FLOATS + line * LANES));
+                match *pair {
+                    Pair::Tiles(place, other) => {
+                        self.put(simd, place, row, left);
+                        if let Some(other) = other {
+                            self.put(simd, other, row, right);
+                        }
+                    }
+                    Pair::Gated(_, gate, place) => {
+                        let opened = match gate {
+                            Gate::Silu => silu(simd, left),
+                            Gate::Gelu => gelu(simd, left),
+                        };
+                        self.put(simd, place, row, simd.mul(opened, right));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes 16 products of a row, or as many as the matrix has left, or adds them to what is there.
+    ///
+    /// # Safety
+    /// What comes out has room for the row, and nobody else writes there.
+    #[inline(always)]
+    unsafe fn put(&self, simd: Avx512, place: Place<'_>, row: usize, products: <Avx512 as Simd>::F) {
+        let (width, column) = (place.matrix.rows(), place.tile * LANES);
+        let columns = LANES.min(width - column);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = place.out.at((self.first_row + row) * width + column);
+            if columns == LANES {
+                let sum = match self.combine {
+                    Combine::Store => products,
+                    Combine::Add => simd.add(simd.load(to), products),
+                };
+                simd.store(to, sum);
+                return;
+            }
+            let mut numbers = [0.0_f32; LANES];
+            simd.store(numbers.as_mut_ptr(), products);
+            for (i, x) in numbers.into_iter().take(columns).enumerate() {
+                let to = to.add(i);
+                *to = match self.combine {
+                    Combine::Store => x,
+                    Combine::Add => *to + x,
+                };
+            }
+        }
+    }
+}
+
+impl Dispatch {
+    /// Matrix units, where this level has them.
+    pub(crate) fn units(self) -> Option<Units> {
+        matches!(self.0, super::Level::Amx).then(Units::here).flatten()
+    }
+}

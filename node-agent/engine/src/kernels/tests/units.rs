@@ -1,0 +1,201 @@
+//! Products of rows of prompts on matrix units. On processors without any there is nothing to compute, and nothing fails.
+
+use super::*;
+
+/// A compute context with matrix units, on one and on three threads.
+fn with_units() -> impl Iterator<Item = Compute> {
+    contexts().filter(Compute::units_read_prompts)
+}
+
+/// The product of rows of which the last `of_prompts` are of prompts.
+fn mixed(
+    compute: &Compute,
+    matrix: &Matrix,
+    x: &[f32],
+    of_prompts: usize,
+    out: &mut [f32],
+    combine: Combine,
+) {
+    let mut quantized = QuantizedRows::default();
+    quantized.set(compute, x, &[matrix], None, of_prompts);
+    let rows = Rows {
+        floats: x,
+        quantized: &quantized,
+    };
+    compute.product(rows, &mut [Target { matrix, out }], combine);
+}
+
+/// Whether numbers are what rounding weights and activations to 8 significant bits may make of a product: each rounds a term by
+/// a 256th at most, and terms by a 600th on average, which come together as a walk at random does.
+fn rounded_to_bf16(found: &[f32], x: &[f32], w: &[f32], k: usize, what: &str) {
+    let of = |x: &[f32], f: fn(f32) -> f32| x.iter().map(|x| f(*x)).collect::<Vec<_>>();
+    let expected = reference(x, w, k);
+    let magnitudes = reference(&of(x, f32::abs), &of(w, f32::abs), k);
+    let squares = reference(&of(x, |x| x * x), &of(w, |w| w * w), k);
+    assert_eq!(found.len(), expected.len());
+    let mut errors = 0.0;
+    for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        let error = f64::from(*found) - expected;
+        assert!(
+            error.abs() <= magnitudes[index] / 250.0 + 1e-6,
+            "{what}: number {index} is {found} and should be {expected}"
+        );
+        errors += error * error;
+    }
+    let ratio = (errors / squares.iter().sum::<f64>()).sqrt();
+    let most = if found.len() < 16 { 0.008 } else { 0.003 };
+    assert!(ratio <= most, "{what}: {ratio}");
+}
+
+#[test]
+fn products_of_prompts_equal_plain_arithmetic_in_every_format_and_shape() {
+    let mut rng = StdRng::seed_from_u64(20);
+    for compute in with_units() {
+        for dtype in QUANTIZED {
+            // One panel, panels of eight blocks, and of nine and ten: 18 and 20 blocks are 576 and 640 columns. Tiles that are not
+            // full, and one that has no neighbour.
+            for (rows, columns) in [
+                (1, 256),
+                (40, 256),
+                (37, 768),
+                (64, 1024),
+                (33, 576),
+                (48, 640),
+                (16, 32),
+            ] {
+                if columns % dtype.block_size() != 0 {
+                    continue;
+                }
+                let (bytes, values) = weights(&mut rng, dtype, rows, columns);
+                let matrix = pack(&compute, dtype, &bytes, [rows, columns]);
+                for (before, count) in [(0, 1), (0, 16), (3, 17), (0, 32), (9, 70), (1, 150)] {
+                    let x = numbers(&mut rng, (before + count) * columns);
+                    let what = format!("{dtype:?} {rows}x{columns} x {before} and {count}");
+                    let mut out = vec![f32::NAN; (before + count) * rows];
+                    mixed(&compute, &matrix, &x, count, &mut out, Combine::Store);
+                    let mut first = vec![f32::NAN; before * rows];
+                    product(
+                        &compute,
+                        &matrix,
+                        &x[..before * columns],
+                        &mut first,
+                        Combine::Store,
+                    );
+                    assert!(first == out[..before * rows], "{what}");
+                    let x = &x[before * columns..];
+                    rounded_to_bf16(&out[before * rows..], x, &values, columns, &what);
+                    let once = out[before * rows..].to_vec();
+                    let mut sums = once.clone();
+                    mixed(&compute, &matrix, x, count, &mut sums, Combine::Add);
+                    assert!(
+                        sums.iter().zip(&once).all(|(sum, once)| *sum == once + once),
+                        "{what}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prompts_row_equals_the_row_alone_to_the_bit() {
+    let mut rng = StdRng::seed_from_u64(21);
+    for compute in with_units() {
+        for (dtype, columns) in [(GgmlDType::Q4_1, 576), (GgmlDType::Q6K, 768)] {
+            let rows = 40;
+            let (bytes, _) = weights(&mut rng, dtype, rows, columns);
+            let matrix = pack(&compute, dtype, &bytes, [rows, columns]);
+            let x = numbers(&mut rng, 170 * columns);
+            let mut alone = vec![0.0; 170 * rows];
+            for (x, alone) in x.chunks_exact(columns).zip(alone.chunks_exact_mut(rows)) {
+                mixed(&compute, &matrix, x, 1, alone, Combine::Store);
+            }
+            for count in [16, 31, 48, 170] {
+                let mut together = vec![0.0; count * rows];
+                mixed(
+                    &compute,
+                    &matrix,
+                    &x[..count * columns],
+                    count,
+                    &mut together,
+                    Combine::Store,
+                );
+                assert!(together == alone[..count * rows], "{dtype:?}, {count} rows");
+            }
+        }
+    }
+}
+
+#[test]
+fn gates_and_norms_of_prompts_equal_plain_arithmetic() {
+    let mut rng = StdRng::seed_from_u64(22);
+    for compute in with_units() {
+        let (rows, columns, count) = (40, 256, 35);
+        let pairs = [GgmlDType::Q4K, GgmlDType::Q6K].map(|dtype| {
+            let (bytes, values) = weights(&mut rng, dtype, rows, columns);
+            (pack(&compute, dtype, &bytes, [rows, columns]), values)
+        });
+        let [(gate, gate_values), (up, up_values)] = &pairs;
+        let (x, weight) = (numbers(&mut rng, count * columns), numbers(&mut rng, columns));
+        let norm = Norm {
+            weight: &weight,
+            epsilon: 1e-5,
+        };
+        let mut normed = vec![0.0; x.len()];
+        compute.normalize(norm, &x, &mut normed);
+        let mut quantized = QuantizedRows::default();
+        quantized.set(&compute, &x, &[gate, up], Some(norm), count);
+        for kind in [Gate::Silu, Gate::Gelu] {
+            let mut out = vec![f32::NAN; count * rows];
+            let from = Rows {
+                floats: &x,
+                quantized: &quantized,
+            };
+            compute.gated(from, (gate, kind), up, &mut out);
+            let opened = reference(&normed, gate_values, columns);
+            let passing = reference(&normed, up_values, columns);
+            let (mut errors, mut squares) = (0.0, 0.0);
+            for (index, found) in out.iter().enumerate() {
+                let x = opened[index];
+                let opened = match kind {
+                    Gate::Silu => x / (1.0 + (-x).exp()),
+                    Gate::Gelu => {
+                        let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+                        x / 2.0 * (1.0 + u.tanh())
+                    }
+                };
+                let expected = opened * passing[index];
+                errors += (f64::from(*found) - expected).powi(2);
+                squares += expected.powi(2);
+            }
+            assert!(errors <= squares * 2e-5, "{kind:?}: {errors} of {squares}");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_a_number_in_a_prompt_stays_so() {
+    let mut rng = StdRng::seed_from_u64(23);
+    for compute in with_units() {
+        let (rows, columns) = (16, 576);
+        let (mut bytes, _) = weights(&mut rng, GgmlDType::Q4_1, rows, columns);
+        let matrix = pack(&compute, GgmlDType::Q4_1, &bytes, [rows, columns]);
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = numbers(&mut rng, 20 * columns);
+            x[7 * columns + 11] = bad;
+            let mut out = vec![0.0; 20 * rows];
+            mixed(&compute, &matrix, &x, 20, &mut out, Combine::Store);
+            for (row, out) in out.chunks_exact(rows).enumerate() {
+                assert!(out.iter().all(|x| x.is_finite() == (row != 7)), "row {row}");
+            }
+        }
+        // The largest fraction that a broken scale may have.
+        bytes[0] = 0xff;
+        bytes[1] = 0x7f;
+        let broken = pack(&compute, GgmlDType::Q4_1, &bytes, [rows, columns]);
+        let x = numbers(&mut rng, columns);
+        let mut out = vec![0.0; rows];
+        mixed(&compute, &broken, &x, 1, &mut out, Combine::Store);
+        assert!(out[0].is_nan() && out[1..].iter().all(|x| x.is_finite()));
+    }
+}
