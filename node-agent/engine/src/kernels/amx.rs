@@ -1,9 +1,8 @@
 //! Intel's matrix units (AMX): sixteen rows by sixteen columns by 32 numbers of 16 bits (bfloat16) in one instruction.
 //!
-//! Sums stay in the unit's registers as 32-bit floats, and no scale has to meet them, so that a prompt is read in a
-//! third of the time that 8-bit products take. What is multiplied has 8 significant bits: activations lose less than by
-//! rounding blocks of 32 to 8 bits, weights a 512th at most. Source: Intel 64 and IA-32 Architectures Software Developer's
-//! Manual, chapter 18 of volume 1; LDTILECFG and TDPBF16PS.
+//! Sums stay in the unit's registers as 32-bit floats, and no scale has to meet them. What is multiplied has 8 significant
+//! bits: numbers are a 256th part off at most. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1,
+//! chapter 18, and volume 2, LDTILECFG and TDPBF16PS.
 
 use std::arch::asm;
 use std::arch::x86_64::{

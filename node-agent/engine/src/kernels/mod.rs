@@ -277,6 +277,16 @@ impl Compute {
         false
     }
 
+    /// The same without matrix units.
+    pub(crate) fn without_units(self) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if self.dispatch.0 == Level::Amx {
+            let dispatch = Dispatch(Level::Avx512);
+            return Self { dispatch, ..self };
+        }
+        self
+    }
+
     /// On so many threads.
     ///
     /// # Errors

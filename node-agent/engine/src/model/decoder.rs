@@ -124,6 +124,12 @@ impl Decoder {
             progress(index + 1, config.layers);
         }
         let norm = source.norm("output_norm.weight", hidden, config.norm_epsilon)?;
+        // Who has floats, or asks for them, wants no attention in 16 bits either.
+        let compute = if layers.iter().flat_map(Layer::matrices).all(Matrix::is_quantized) {
+            compute
+        } else {
+            compute.without_units()
+        };
         Ok(Self {
             rope: Rope::global(file, &config)?,
             local_rope: Rope::local(&config),
@@ -262,9 +268,8 @@ fn prepared<'a>(
     of_prompts: usize,
 ) -> Rows<'a> {
     let norm = norm.map(RmsNorm::as_norm);
-    let all_quantized = matrices.iter().all(|matrix| matrix.is_quantized());
     let (floats, norm) = match norm {
-        Some(norm) if !all_quantized => {
+        Some(norm) if !matrices.iter().all(|matrix| matrix.is_quantized()) => {
             normed.resize(x.len(), 0.0);
             compute.normalize(norm, x, normed);
             (normed.as_slice(), None)
@@ -272,7 +277,6 @@ fn prepared<'a>(
         norm => (x, norm),
     };
     if matrices.iter().any(|matrix| matrix.is_quantized()) {
-        let of_prompts = if all_quantized { of_prompts } else { 0 };
         quantized.set(compute, floats, matrices, norm, of_prompts);
     }
     Rows { floats, quantized }
@@ -352,6 +356,11 @@ impl Layer {
             local: config.is_local(index),
         };
         Ok(layer)
+    }
+
+    fn matrices(&self) -> [&Matrix; 7] {
+        let [query, key, value] = [&self.query, &self.key, &self.value];
+        [query, key, value, &self.output, &self.gate, &self.up, &self.down]
     }
 
     /// The first half: attention, added to the residual stream.

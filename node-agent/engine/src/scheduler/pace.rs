@@ -169,6 +169,19 @@ mod tests {
         }
     }
 
+    /// Weights are read once more for prompts: a few rows cost as much as many.
+    #[test]
+    fn where_a_chunk_costs_much_in_itself_it_is_not_cut_small() {
+        let mut pace = Pace::new(true);
+        pace.took(0, 8, milliseconds(80));
+        assert_eq!(pace.prompt_rows(0, 1000), LEAST_ROWS_APART);
+        for _ in 0..100 {
+            pace.took(4, 0, milliseconds(20));
+        }
+        assert_eq!(pace.prompt_rows(4, 1000), LEAST_ROWS_APART);
+        assert_eq!(pace.prompt_rows(4, 12), 12);
+    }
+
     #[test]
     fn what_nobody_waits_beside_is_read_at_once() {
         let mut pace = Pace::new(false);
