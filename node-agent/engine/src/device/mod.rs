@@ -222,7 +222,8 @@ pub fn instructions() -> Vec<String> {
     Dispatch::available().map(Dispatch::option).collect()
 }
 
-/// The CPU's threads and instructions, as the options ask for them.
+/// The CPU's threads and instructions, as the options ask for them. Who has loaded a model says what it computes with
+/// ([`report`]).
 pub(crate) fn compute(options: &EngineOptions) -> Result<Compute, LoadModel> {
     let threads = options
         .threads
@@ -235,9 +236,13 @@ pub(crate) fn compute(options: &EngineOptions) -> Result<Compute, LoadModel> {
             allowed: format!("this processor has {}", instructions().join(", ")),
         })?,
     };
-    let compute = Compute::new(threads, dispatch).map_err(LoadModel::StartThread)?;
-    info!(threads, kernels = compute.dispatch.name(), "Computes on the CPU");
-    Ok(compute)
+    Compute::new(threads, dispatch).map_err(LoadModel::StartThread)
+}
+
+/// Logs what a model is computed with.
+pub(crate) fn report(compute: &Compute) {
+    let (threads, kernels) = (compute.pool.threads(), compute.dispatch.name());
+    info!(threads, kernels, "Computes on the CPU");
 }
 
 fn on_cpu(
@@ -273,6 +278,7 @@ fn on_cpu(
             });
         },
     )?;
+    report(decoder.compute());
     let cache = KvCache::new(decoder.kv_shape(), options.kv_type, *capacity, *keep);
     first_pass(Runner::Cpu(Box::new(decoder)), cache, *token)
 }

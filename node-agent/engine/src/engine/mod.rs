@@ -172,7 +172,9 @@ impl Engine {
             Tokenizer::from_tokenizer_json(&crate::model::read_bounded(folder, crate::model::TOKENIZER)?)?;
         let context_length =
             context_length(options, facts.context_length)?.min(config.max_position_embeddings);
-        let compute = device::compute(options)?;
+        // Texts are read by vectors alone.
+        let compute = device::compute(options)?.without_units();
+        device::report(&compute);
         let encoder = Encoder::load(folder, config, compute)?;
         let probe = tokenizer.encode(
             "a",

@@ -65,7 +65,8 @@ impl Units {
         unsafe { with_features(self, work) }
     }
 
-    /// Shapes this thread's tile registers: all of them for 16 lines of 64 bytes.
+    /// Shapes this thread's tile registers: all of them for 16 lines of 64 bytes. One value at a time: the first that goes gives
+    /// them back.
     pub(super) fn shape(self) -> Shaped {
         let mut shapes = Shapes {
             palette: 1,
@@ -130,8 +131,8 @@ impl Shaped {
         /// A step of a tile in bytes.
         const TILE: usize = size_of::<HalfTile>();
         let line = 64_usize;
-        // SAFETY (all below): the caller's promise; the registers are shaped for 16 lines of 64 bytes, and nothing that is
-        // compiled uses them.
+        // SAFETY (all below): the caller's promise; the registers are shaped for 16 lines of 64 bytes. They keep what they hold from
+        // one of these blocks to the next, for nothing that is compiled uses them; that is why none names them as its own.
         unsafe {
             if go_on {
                 asm!(
@@ -234,14 +235,12 @@ pub(super) unsafe fn store_rounded([first, second]: [__m512; 2], to: *mut u16) {
 
 /// Writes a line of a tile: pairs of numbers from two vectors, rounded to the nearest.
 ///
-/// It is called where the units' instructions may be used.
-///
 /// # Panics
 /// When a tile has no such line.
 #[inline(always)]
-pub(super) fn store_pairs(_: Avx512, [even, odd]: [__m512; 2], tile: &mut HalfTile, line: usize) {
+pub(super) fn store_pairs(_: Units, [even, odd]: [__m512; 2], tile: &mut HalfTile, line: usize) {
     let line = &mut tile.0[line * BLOCK..][..BLOCK];
-    // SAFETY: the processor has what `Avx512` and units stand for; a line has 64 bytes.
+    // SAFETY: units stand for bfloat16 too; a line has 64 bytes.
     unsafe {
         let order = _mm512_loadu_si512(ALTERNATING.as_ptr().cast());
         let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
@@ -262,8 +261,6 @@ static ALTERNATING: [u16; 32] = {
 
 /// Takes `count` blocks of a tile of weights apart, from `first` on, and writes what they stand for as bfloat16, rounded to the
 /// nearest. As many blocks of the next tile are asked of memory meanwhile; they need not be there.
-///
-/// It is called where the units' instructions may be used.
 ///
 /// # Panics
 /// When blocks that share scales are torn apart, or the tile has fewer than `blocks`, or those are fewer, or `to` is too short.

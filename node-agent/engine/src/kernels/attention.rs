@@ -143,7 +143,7 @@ impl Compute {
                 };
                 let (first, last) = attention.stretches(&part);
                 for kv_head in 0..attention.kv_heads {
-                    // Many rows keep all threads busy; a single one is cut along the context.
+                    // Many rows keep all threads busy; a single one is cut along the context, unless units do it.
                     if part.rows > 1 || first == last || on_units {
                         pieces.push(Piece {
                             run: part,

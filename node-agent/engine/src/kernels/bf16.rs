@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::amx::{HalfTile, TILE_FLOATS, TILE_ROWS, Units, Work, store_rounded, unpack};
 use super::lines::Lines;
 use super::pool::SharedMut;
-use super::product::{Combine, Gate};
+use super::product::{Combine, Gate, put};
 use super::rows::BLOCK;
 use super::simd::{LANES, Simd};
 use super::vector::{Norm, gelu, silu};
@@ -100,7 +100,11 @@ impl Work for Round<'_> {
                 }
                 continue;
             };
-            let factor = simd.splat(self.norm.map_or(1.0, |norm| norm.factor(simd, x)));
+            let factor = match self.norm {
+                Some(norm) => norm.factor(simd, x),
+                None => 1.0,
+            };
+            let factor = simd.splat(factor);
             for (block, tile) in self.tiles.iter_mut().enumerate() {
                 // SAFETY: the row has 32 numbers for each tile, a norm as many weights; a tile has 32 places for each row.
                 unsafe {
@@ -163,7 +167,7 @@ impl Compute {
         let width = (pairs.len() / wanted).clamp(1, STRIP_PAIRS);
         let strips = pairs.len().div_ceil(width);
         // Few strips and many threads: each has its rows.
-        let parts = (wanted / strips.max(1)).clamp(1, rows.rows.div_ceil(LEAST_ROWS).max(1));
+        let parts = (wanted / strips.max(1)).clamp(1, (rows.rows / LEAST_ROWS).max(1));
         let parts = if strips >= self.pool.threads() { 1 } else { parts };
         let part_rows = rows.rows.div_ceil(parts).next_multiple_of(2 * TILE_ROWS);
         let parts = rows.rows.div_ceil(part_rows);
@@ -217,8 +221,7 @@ impl Work for Strip<'_> {
         room.sums
             .set_length(self.pairs.len() * groups.len() * 2 * TILE_FLOATS);
         // Blocks that share scales come in eights.
-        let panels = blocks.div_ceil(PANEL_BLOCKS);
-        let even = blocks.div_ceil(panels.max(1));
+        let even = blocks.div_ceil(blocks.div_ceil(PANEL_BLOCKS));
         let step = if blocks.is_multiple_of(8) { 8 } else { even };
         // Vectors have half their pace for a while after the units: one does its work for all pairs before the other.
         for first in (0..blocks).step_by(step) {
@@ -283,7 +286,7 @@ impl Strip<'_> {
         let mut sums = sums.as_mut_ptr();
         let shaped = units.shape();
         for panel in panels.chunks_exact(2 * PANEL_BLOCKS).take(self.pairs.len()) {
-            let weights = [&panel[0], &panel[PANEL_BLOCKS]].map(std::ptr::from_ref);
+            let weights = [panel.as_ptr(), panel[PANEL_BLOCKS..].as_ptr()];
             for group in groups.clone().step_by(2) {
                 let rows = self.rows.tiles.as_ptr().wrapping_add(group * blocks + first);
                 // SAFETY: the assertions: rows and panel have these blocks, and there is room for the sums of all pairs and
@@ -314,9 +317,9 @@ impl Strip<'_> {
                 let right = simd.load(sums.as_ptr().add(TILE_FLOATS + line * LANES));
                 match *pair {
                     Pair::Tiles(place, other) => {
-                        self.put(simd, place, row, left);
+                        self.write(simd, place, row, left);
                         if let Some(other) = other {
-                            self.put(simd, other, row, right);
+                            self.write(simd, other, row, right);
                         }
                     }
                     Pair::Gated(_, gate, place) => {
@@ -324,7 +327,7 @@ impl Strip<'_> {
                             Gate::Silu => silu(simd, left),
                             Gate::Gelu => gelu(simd, left),
                         };
-                        self.put(simd, place, row, simd.mul(opened, right));
+                        self.write(simd, place, row, simd.mul(opened, right));
                     }
                 }
             }
@@ -336,29 +339,13 @@ impl Strip<'_> {
     /// # Safety
     /// What comes out has room for the row, and nobody else writes there.
     #[inline(always)]
-    unsafe fn put(&self, simd: Avx512, place: Place<'_>, row: usize, products: <Avx512 as Simd>::F) {
+    unsafe fn write(&self, simd: Avx512, place: Place<'_>, row: usize, products: <Avx512 as Simd>::F) {
         let (width, column) = (place.matrix.rows(), place.tile * LANES);
         let columns = LANES.min(width - column);
         // SAFETY: the caller's promise.
         unsafe {
             let to = place.out.at((self.first_row + row) * width + column);
-            if columns == LANES {
-                let sum = match self.combine {
-                    Combine::Store => products,
-                    Combine::Add => simd.add(simd.load(to), products),
-                };
-                simd.store(to, sum);
-                return;
-            }
-            let mut numbers = [0.0_f32; LANES];
-            simd.store(numbers.as_mut_ptr(), products);
-            for (i, x) in numbers.into_iter().take(columns).enumerate() {
-                let to = to.add(i);
-                *to = match self.combine {
-                    Combine::Store => x,
-                    Combine::Add => *to + x,
-                };
-            }
+            put(simd, products, to, columns, self.combine);
         }
     }
 }

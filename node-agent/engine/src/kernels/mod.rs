@@ -14,7 +14,7 @@
 //! encode.rs    what an encoder needs beside products        │
 //! vector.rs    norms, gates, additions                      ┘
 //! simd.rs      the 16 lanes, in plain Rust; x86.rs: AVX-512 VNNI, AVX-VNNI, AVX2; arm.rs: NEON
-//! amx.rs       matrix units; bf16.rs: rows of prompts as they take them, and their products
+//! amx.rs       matrix units; bf16.rs: rows of prompts as they take them, and their products; attention/units.rs
 //! lines.rs     floats that begin with a line of the cache
 //! pool.rs      the threads; cores.rs: how many
 //! ```

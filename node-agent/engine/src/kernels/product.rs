@@ -153,9 +153,10 @@ impl Compute {
         combine: Combine,
         pairs: impl FnOnce() -> Vec<Pair<'a>>,
     ) {
-        if let Some(units) = self.dispatch.units()
-            && of_prompts > 0
-        {
+        if of_prompts > 0 {
+            let Some(units) = self.dispatch.units() else {
+                panic!("rows for matrix units, where there are none")
+            };
             // SAFETY: `check` has seen that matrices are quantised and as wide as the rows, and how long `out` is; these rows
             // of it are written here alone.
             unsafe { self.multiply_units(units, rows.quantized.as_bf16(), first, &pairs(), combine) }
@@ -294,24 +295,37 @@ impl Piece<'_> {
             // SAFETY: `multiply` has written these numbers. `out` is `[rows, width]`, asserted where the
             // pieces are made; this piece alone writes these columns of these rows.
             unsafe {
-                let place = self.out.at((first_row + row) * width + column);
-                if columns == LANES {
-                    let mut x = simd.load(products);
-                    if self.combine == Combine::Add {
-                        x = simd.add(simd.load(place), x);
-                    }
-                    simd.store(place, x);
-                } else {
-                    for i in 0..columns {
-                        let (place, x) = (place.add(i), *products.add(i));
-                        *place = if self.combine == Combine::Add {
-                            *place + x
-                        } else {
-                            x
-                        };
-                    }
-                }
+                let to = self.out.at((first_row + row) * width + column);
+                put(simd, simd.load(products), to, columns, self.combine);
             }
+        }
+    }
+}
+
+/// Writes the first of 16 products, or adds them to what is there.
+///
+/// # Safety
+/// `to` has so many numbers, at most 16, that nobody else uses.
+#[inline(always)]
+pub(super) unsafe fn put<S: Simd>(simd: S, products: S::F, to: *mut f32, columns: usize, combine: Combine) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if columns == LANES {
+            let x = match combine {
+                Combine::Store => products,
+                Combine::Add => simd.add(simd.load(to), products),
+            };
+            simd.store(to, x);
+            return;
+        }
+        let mut numbers = [0.0; LANES];
+        simd.store(numbers.as_mut_ptr(), products);
+        for (i, x) in numbers.into_iter().take(columns).enumerate() {
+            let to = to.add(i);
+            *to = match combine {
+                Combine::Store => x,
+                Combine::Add => *to + x,
+            };
         }
     }
 }

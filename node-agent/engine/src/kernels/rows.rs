@@ -217,7 +217,10 @@ impl QuantizedRows {
                 self.of_prompts.set(compute, units, last, columns, norm);
                 first
             }
-            None => x,
+            None => {
+                self.of_prompts = Bf16Rows::default();
+                x
+            }
         };
         #[cfg(not(target_arch = "x86_64"))]
         let _ = of_prompts;

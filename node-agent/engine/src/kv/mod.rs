@@ -161,16 +161,16 @@ impl KvCache {
         self.prefixes.longest(scope, &tokens[..useful]).tokens()
     }
 
-    /// Blocks that must be had to hold `tokens`: those of their known beginning that somebody uses already
-    /// cost nothing.
-    pub(crate) fn blocks_wanted(&self, scope: u64, tokens: &[u32]) -> usize {
-        let useful = tokens.len().saturating_sub(1);
-        let found = self.prefixes.longest(scope, &tokens[..useful]);
+    /// Blocks that must be had to hold `tokens` tokens that begin with these: those of their known beginning that somebody uses
+    /// already cost nothing.
+    pub(crate) fn blocks_wanted(&self, scope: u64, beginning: &[u32], tokens: usize) -> usize {
+        let useful = beginning.len().saturating_sub(1);
+        let found = self.prefixes.longest(scope, &beginning[..useful]);
         let in_use = found
             .blocks
             .iter()
             .filter(|&&block| self.users[block as usize] > 0);
-        blocks_for(tokens.len() + 1).saturating_sub(in_use.count())
+        blocks_for(tokens + 1).saturating_sub(in_use.count())
     }
 
     /// Gives an empty table the blocks of the longest known beginning of `tokens`, and says how many tokens
@@ -285,7 +285,9 @@ impl KvCache {
         }
         pool.for_each_chunk(&mut lent.parts, 1, |_, parts| {
             for part in parts {
-                let Some(block) = &mut part.block else { continue };
+                let Some(block) = &mut part.block else {
+                    unreachable!("two runs of one step are written to one block")
+                };
                 for (index, (row, key)) in part
                     .rows
                     .clone()

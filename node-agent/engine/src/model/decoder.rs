@@ -23,7 +23,7 @@ pub(crate) struct Row {
     /// Whether the logits after this row are wanted.
     pub(crate) wants_logits: bool,
     /// Whether it was sent, and not written: matrix units, where there are any, compute the rows of prompts, and no others.
-    /// Rows of both kinds of one sequence are not in one step.
+    /// Where there are any, rows of both kinds of one sequence are not in one step.
     pub(crate) of_prompt: bool,
 }
 
@@ -124,7 +124,7 @@ impl Decoder {
             progress(index + 1, config.layers);
         }
         let norm = source.norm("output_norm.weight", hidden, config.norm_epsilon)?;
-        // Who has floats, or asks for them, wants no attention in 16 bits either.
+        // Who has floats, or asks for them, wants no attention with 8 significant bits either.
         let compute = if layers.iter().flat_map(Layer::matrices).all(Matrix::is_quantized) {
             compute
         } else {

@@ -232,7 +232,8 @@ impl Scheduler {
                 continue;
             }
             // Room for its text, and a block's growth for each that runs.
-            let blocks = self.cache.blocks_wanted(next.scope(), &next.tokens) + self.running.len();
+            let (shareable, tokens) = (next.shareable(), next.tokens.len());
+            let blocks = self.cache.blocks_wanted(next.scope(), shareable, tokens) + self.running.len();
             if !self.running.is_empty() && blocks > self.cache.available_blocks() {
                 return;
             }
@@ -250,14 +251,15 @@ impl Scheduler {
 
     /// Whether one that runs is about to compute the beginning of this one.
     fn follows(&self, next: &Sequence) -> bool {
-        let useful = next.tokens.len().saturating_sub(1);
+        let tokens = next.shareable();
+        let useful = tokens.len().saturating_sub(1);
         let mut known = None;
         self.running
             .iter()
             .filter(|one| !one.writes() && one.scope() == next.scope())
             .any(|one| {
-                let common = common_prefix(&one.tokens, &next.tokens[..useful]);
-                let known = *known.get_or_insert_with(|| self.cache.known_prefix(next.scope(), &next.tokens));
+                let common = common_prefix(one.shareable(), &tokens[..useful]);
+                let known = *known.get_or_insert_with(|| self.cache.known_prefix(next.scope(), tokens));
                 // What it will have computed, and this one lacks: worth a block at least.
                 one.position < common && common >= known + BLOCK_TOKENS
             })
@@ -388,7 +390,7 @@ impl Scheduler {
         let mut logits = self.decoder.logits().chunks_exact_mut(vocab_size);
         let mut choices = Vec::new();
         for (index, (sequence, share)) in self.running.iter_mut().zip(shares).enumerate() {
-            let wrote = sequence.writes();
+            let wrote = sequence.writes() && !sequence.reads_apart();
             let guessed = sequence.guessed();
             if wrote {
                 step.decode_rows += 1 + guessed;

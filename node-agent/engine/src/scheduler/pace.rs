@@ -13,7 +13,8 @@ const NEWEST: f64 = 0.3;
 const FIRST_ROWS: usize = 32;
 /// Fewest rows of a chunk: less would hardly be faster than one.
 const LEAST_ROWS: usize = 8;
-/// The same where weights are taken apart for prompts alone, which takes as long as those rows.
+/// The same where the weights are read once more for prompts, which takes about as long as those rows: fewer are not worth it,
+/// and tell nothing of what a row costs.
 const LEAST_ROWS_APART: usize = 32;
 /// Most rows of a chunk beside answers: more hardly cost less each.
 const CHUNK_ROWS: usize = 64;
@@ -31,6 +32,8 @@ const SHARE: f64 = 0.7;
 pub(super) struct Pace {
     /// Fewest rows of a chunk.
     least_rows: usize,
+    /// Fewest rows that a chunk is counted as.
+    counted_rows: usize,
     /// Seconds of a step that holds answers only, and how many rows it had.
     decode: Option<(f64, usize)>,
     /// Seconds of one prompt row.
@@ -46,8 +49,14 @@ fn mix(before: Option<f64>, now: f64) -> f64 {
 impl Pace {
     /// `apart`: whether prompts are computed by other means than answers, which read the weights once more.
     pub(super) fn new(apart: bool) -> Self {
+        let (least_rows, counted_rows) = if apart {
+            (LEAST_ROWS_APART, LEAST_ROWS_APART)
+        } else {
+            (LEAST_ROWS, 1)
+        };
         Self {
-            least_rows: if apart { LEAST_ROWS_APART } else { LEAST_ROWS },
+            least_rows,
+            counted_rows,
             decode: None,
             row_seconds: None,
             earned: 0.0,
@@ -68,7 +77,7 @@ impl Pace {
             Some((before, _)) if decode_rows > 0 => before.min(seconds / 2.0),
             _ => 0.0,
         };
-        let row = (seconds - own) / prompt_rows as f64;
+        let row = (seconds - own) / prompt_rows.max(self.counted_rows) as f64;
         self.row_seconds = Some(mix(self.row_seconds, row));
         if decode_rows > 0 {
             self.earn(SHARE * own - (seconds - own));
@@ -173,8 +182,11 @@ mod tests {
     #[test]
     fn where_a_chunk_costs_much_in_itself_it_is_not_cut_small() {
         let mut pace = Pace::new(true);
-        pace.took(0, 8, milliseconds(80));
-        assert_eq!(pace.prompt_rows(0, 1000), LEAST_ROWS_APART);
+        // The end of a prompt, and a whole chunk.
+        pace.took(0, 1, milliseconds(80));
+        assert_eq!(pace.prompt_rows(0, 1000), 100);
+        pace.took(0, 100, milliseconds(250));
+        assert_eq!(pace.prompt_rows(0, 1000), 100);
         for _ in 0..100 {
             pace.took(4, 0, milliseconds(20));
         }

@@ -118,19 +118,25 @@ impl Sequence {
 
     /// Rows that a step may hold of those.
     pub(super) fn readable(&self) -> usize {
-        match self.prompt_tokens.checked_sub(self.position) {
-            Some(of_prompt) if self.reads_apart && of_prompt > 0 => of_prompt,
-            _ => self.remaining(),
+        if self.reads_apart() {
+            self.prompt_tokens - self.position
+        } else {
+            self.remaining()
         }
     }
 
     /// Tokens at the beginning that others may have computed, or use.
-    fn shareable(&self) -> usize {
+    pub(super) fn shareable(&self) -> &[u32] {
         if self.reads_apart {
-            self.prompt_tokens
+            &self.tokens[..self.prompt_tokens]
         } else {
-            self.tokens.len()
+            &self.tokens
         }
+    }
+
+    /// Whether the next row is the prompt's, and computed apart.
+    pub(super) fn reads_apart(&self) -> bool {
+        self.reads_apart && self.position < self.prompt_tokens
     }
 
     /// Whether it writes: everything but the last token is in the cache.
@@ -144,8 +150,9 @@ impl Sequence {
 
     /// Takes its place in the batch, with what the cache knows of its beginning.
     pub(super) fn admit(&mut self, cache: &mut KvCache) {
-        let shareable = self.shareable();
-        self.position = cache.attach(&mut self.table, &self.tokens[..shareable]);
+        let mut table = std::mem::take(&mut self.table);
+        self.position = cache.attach(&mut table, self.shareable());
+        self.table = table;
         if !self.started {
             self.started = true;
             let _ = (self.sink)(GenerateEvent::Started {
@@ -154,7 +161,7 @@ impl Sequence {
         }
     }
 
-    /// Gives its blocks back. What it wrote stays; it goes on when it is admitted again.
+    /// Gives its blocks back. What it wrote stays, its text at least; it goes on when it is admitted again.
     pub(super) fn leave_cache(&mut self, cache: &mut KvCache) {
         self.publish(cache, true);
         cache.release(&mut self.table);
@@ -308,7 +315,7 @@ impl Sequence {
         } else {
             self.position - self.position % BLOCK_TOKENS
         };
-        let ready = ready.min(self.shareable());
+        let ready = ready.min(self.shareable().len());
         if ready > self.table.published() {
             cache.publish(&mut self.table, &self.tokens[..ready]);
         }
@@ -415,5 +422,85 @@ impl Sequence {
             duration_ms: milliseconds(Instant::now()),
         };
         let _ = (self.sink)(GenerateEvent::Finished(finished));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use super::*;
+    use crate::inspect::KvType;
+    use crate::kv::KvShape;
+
+    const PROMPT: u32 = 40;
+    const ANSWER: u32 = 30;
+
+    fn sequence(reads_apart: bool) -> Sequence {
+        let job = Job {
+            id: String::new(),
+            prompt: (0..PROMPT).collect(),
+            max_tokens: 100,
+            stop: Vec::new(),
+            sampling: crate::SamplingParams::default(),
+            guide: None,
+            score: None,
+            scope: 0,
+            owner: 0,
+            speculate: true,
+            sink: Box::new(|_| ControlFlow::Continue(())),
+            cancelled: Arc::default(),
+            arrived: Instant::now(),
+        };
+        Sequence::new(job, 1, reads_apart)
+    }
+
+    /// Computes all rows that are left, as steps do; of how many the units would be, step by step.
+    fn compute(sequence: &mut Sequence, cache: &mut KvCache) -> Vec<(usize, usize)> {
+        let mut steps = Vec::new();
+        while sequence.remaining() > 0 {
+            let count = sequence.readable();
+            assert!(cache.reserve(&mut sequence.table, sequence.position + count));
+            let mut rows = Vec::new();
+            sequence.push_rows(0, count, &mut rows);
+            steps.push((rows.len(), rows.iter().filter(|row| row.of_prompt).count()));
+            sequence.computed(count);
+        }
+        steps
+    }
+
+    /// Needs no units: what is held apart for them is decided here.
+    #[test]
+    fn where_prompts_are_computed_apart_rows_do_not_mix_and_answers_are_not_shared() {
+        for apart in [false, true] {
+            let shape = KvShape {
+                layers: 1,
+                kv_heads: 1,
+                head_dim: 4,
+            };
+            let mut cache = KvCache::new(shape, KvType::F16, 8, 8);
+            let mut one = sequence(apart);
+            one.admit(&mut cache);
+            assert_eq!(one.room_for_guess() == 0, apart, "beside the prompt's last row");
+            assert_eq!(compute(&mut one, &mut cache), [(40, 40)]);
+            one.publish(&mut cache, true);
+            one.tokens.extend(100..100 + ANSWER);
+            assert!(one.room_for_guess() > 0 && !one.reads_apart());
+            assert_eq!(compute(&mut one, &mut cache), [(30, 0)]);
+            // Set aside: what it wrote is known to others unless a prompt of the same text would have left something else.
+            one.leave_cache(&mut cache);
+            let known = cache.known_prefix(0, &[one.tokens.as_slice(), &[7, 7]].concat());
+            assert_eq!(known, if apart { 40 } else { 70 });
+            one.admit(&mut cache);
+            if apart {
+                // The prompt's last token by the units, what it wrote not.
+                assert_eq!(one.position, 39);
+                assert_eq!(compute(&mut one, &mut cache), [(1, 1), (30, 0)]);
+            } else {
+                assert_eq!(one.position, 69);
+                assert_eq!(compute(&mut one, &mut cache), [(1, 0)]);
+            }
+            one.leave_cache(&mut cache);
+        }
     }
 }

@@ -3,7 +3,9 @@
 //! Sixteen queries meet a block of the cache at once, in bfloat16. All scores of a stretch are there before their largest is
 //! looked for, so that nothing that was summed up has to be scaled again but between stretches.
 
-use std::arch::x86_64::{__mmask16, _mm512_mask_max_ps, _mm512_maskz_mov_ps};
+use std::arch::x86_64::{
+    __mmask16, _CMP_UNORD_Q, _mm512_cmp_ps_mask, _mm512_mask_max_ps, _mm512_maskz_mov_ps,
+};
 use std::cell::RefCell;
 
 use super::super::amx::{HalfTile, TILE_FLOATS, TILE_ROWS, Units, Work, store_pairs, store_rounded};
@@ -24,6 +26,9 @@ struct Tiles {
     keys: Vec<HalfTile>,
     /// `[dimensions / 16, blocks]`, each 32 tokens of 16 dimensions.
     values: Vec<HalfTile>,
+    /// Tokens of each block of which a value is no number, or has no end, a bit each. The units are given zeros instead, for they
+    /// multiply values that a query does not see with nothing; who sees one has no result.
+    broken: [u32; BLOCKS],
     /// Weights, `[2, blocks]`, each 16 queries of 32 tokens.
     weights: Vec<HalfTile>,
     /// Scores, `[blocks, 2, 2, 16, 16]`; then sums of values, `[dimensions / 32, 2, 2, 16, 16]`.
@@ -60,7 +65,7 @@ impl Work for Stretch<'_> {
             .set_length(if first < last { count * numbers } else { 0 });
         for stretch in first..=last {
             let seen = self.seen(stretch);
-            self.take_blocks(simd, seen, &mut room.wide, &mut tiles);
+            self.take_blocks((simd, units), seen, &mut room.wide, &mut tiles);
             let to = if stretch == first {
                 &mut room.total
             } else {
@@ -136,7 +141,7 @@ impl Stretch<'_> {
     #[inline(always)]
     fn take_blocks(
         &self,
-        simd: Avx512,
+        (simd, units): (Avx512, Units),
         seen: Seen,
         [wide_keys, wide_values]: &mut [Lines; 2],
         tiles: &mut Tiles,
@@ -160,7 +165,7 @@ impl Stretch<'_> {
             widen(simd, values, Lie::Values { padded }, dim, wide_values);
             assert!(wide_keys.len() >= dim * BLOCK_TOKENS && wide_values.len() >= BLOCK_TOKENS * padded);
             let (keys, values) = (wide_keys.as_ptr(), wide_values.as_ptr());
-            // SAFETY (both): the assertion, for places below `dim` and 32, and below `padded` and 32.
+            // SAFETY (all): the assertion, for places below `dim` and 32, and below `padded` and 32.
             for half in 0..2 {
                 for chunk in 0..chunks {
                     let tile = &mut tiles.keys[(index * 2 + half) * chunks + chunk];
@@ -173,22 +178,34 @@ impl Stretch<'_> {
                                     unsafe { simd.load(keys.add((d + odd) * BLOCK_TOKENS + half * LANES)) };
                             }
                         }
-                        store_pairs(simd, pair, tile, line);
+                        store_pairs(units, pair, tile, line);
                     }
                 }
             }
             // Behind the last token nothing was written yet.
-            let there = seen.end - block * BLOCK_TOKENS;
+            let there = (seen.end - block * BLOCK_TOKENS).min(BLOCK_TOKENS);
+            let mut whole = 0_u32;
+            for token in 0..there {
+                let mut suspicion = simd.splat(0.0);
+                for start in (0..padded).step_by(LANES) {
+                    // Infinity times zero is not a number, and neither is anything added to that.
+                    let x = unsafe { simd.load(values.add(token * padded + start)) };
+                    suspicion = simd.fma(x, simd.splat(0.0), suspicion);
+                }
+                let none = unsafe { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(suspicion, suspicion) };
+                whole |= u32::from(none == 0) << token;
+            }
+            tiles.broken[index] = !whole & (u32::MAX >> (BLOCK_TOKENS - there));
             for start in (0..padded).step_by(LANES) {
                 let tile = &mut tiles.values[start / LANES * BLOCKS + index];
                 for line in 0..TILE_ROWS {
                     let mut pair = [simd.splat(0.0); 2];
                     for (odd, numbers) in pair.iter_mut().enumerate() {
-                        if 2 * line + odd < there {
+                        if whole >> (2 * line + odd) & 1 == 1 {
                             *numbers = unsafe { simd.load(values.add((2 * line + odd) * padded + start)) };
                         }
                     }
-                    store_pairs(simd, pair, tile, line);
+                    store_pairs(units, pair, tile, line);
                 }
             }
         }
@@ -230,7 +247,7 @@ impl Stretch<'_> {
                 simd,
                 seen,
                 (query, index),
-                &tiles.sums,
+                (&tiles.sums, &tiles.broken),
                 &mut tiles.weights,
                 partial,
             );
@@ -263,7 +280,7 @@ impl Stretch<'_> {
         simd: Avx512,
         seen: Seen,
         (query, index): (usize, usize),
-        scores: &[f32],
+        (scores, broken): (&[f32], &[u32; BLOCKS]),
         weights: &mut [HalfTile],
         partial: &mut [f32],
     ) {
@@ -304,6 +321,12 @@ impl Stretch<'_> {
             }
             let line = &mut weights[tile * BLOCKS + block].0[line * 2 * LANES..][..2 * LANES];
             unsafe { store_rounded(both, line.as_mut_ptr()) }
+        }
+        for (block, broken) in broken.iter().enumerate().take(seen.blocks) {
+            let halves = [0, LANES].map(|half| u32::from(mask_of(from, to, block * BLOCK_TOKENS + half)));
+            if broken & (halves[0] | halves[1] << LANES) != 0 {
+                sum = simd.splat(f32::NAN);
+            }
         }
         let rest = &mut partial[padded(self.attention.head_dim)..][..2 * LANES];
         rest.fill(0.0);

@@ -34,6 +34,7 @@ fn attention_equals_plain_arithmetic_and_no_row_knows_the_others() {
         (6, 2, 64, 0.4),
         (4, 1, 80, 0.4),
         (7, 1, 32, 0.4),
+        (2, 1, 256, 0.2),
         (6, 2, 64, 8.0),
     ] {
         for window in [None, Some(70)] {
@@ -337,6 +338,49 @@ fn a_key_that_is_no_number_is_not_passed_over_where_a_window_shows_no_other_of_i
                 );
                 // The next row sees one token less.
                 assert!(out[head_dim..].iter().all(|x| *x == 1.0), "{name}: {out:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_value_that_is_no_number_is_seen_by_later_rows_alone() {
+    let head_dim = 48;
+    let size = padded(head_dim) * BLOCK_TOKENS;
+    let rows = 40;
+    for bad in [f32::NAN, f32::INFINITY] {
+        let (keys, mut values) = (vec![0.5; 3 * size], vec![1.0; 3 * size]);
+        let token = 45;
+        values[size + (token - BLOCK_TOKENS) * padded(head_dim) + 20] = bad;
+        let cache = of_floats(&keys, &values, head_dim);
+        for window in [None, Some(20)] {
+            let attention = Attention {
+                heads: 1,
+                kv_heads: 1,
+                head_dim,
+                scale: 0.4,
+                window,
+            };
+            for compute in contexts().filter(Compute::units_read_prompts) {
+                let run = Run {
+                    sequence: 0,
+                    first_row: 0,
+                    rows,
+                    position: 30,
+                    of_prompt: true,
+                };
+                let mut out = vec![0.0; rows * head_dim];
+                let queries = vec![1.0; rows * head_dim];
+                compute.attend(&attention, &cache, &[run], (&queries, None), &mut out);
+                for (row, out) in out.chunks_exact(head_dim).enumerate() {
+                    let last = run.position + row;
+                    let sees = token <= last && window.is_none_or(|window| token + window > last);
+                    assert!(out.iter().all(|x| x.is_nan() == sees), "row {row}: {out:?}");
+                    assert!(
+                        sees || out.iter().all(|x| (x - 1.0).abs() < 0.01),
+                        "row {row}: {out:?}"
+                    );
+                }
             }
         }
     }

@@ -25,8 +25,8 @@ fn mixed(
     compute.product(rows, &mut [Target { matrix, out }], combine);
 }
 
-/// Whether numbers are what rounding weights and activations to 8 significant bits may make of a product: each rounds a term by
-/// a 256th at most, and terms by a 600th on average, which come together as a walk at random does.
+/// Whether numbers are what rounding weights and activations to 8 significant bits may make of a product: a 512th of each factor
+/// at most, a 1000th or so as a rule; and errors of terms come together as a walk at random does.
 fn rounded_to_bf16(found: &[f32], x: &[f32], w: &[f32], k: usize, what: &str) {
     let of = |x: &[f32], f: fn(f32) -> f32| x.iter().map(|x| f(*x)).collect::<Vec<_>>();
     let expected = reference(x, w, k);
@@ -52,8 +52,8 @@ fn products_of_prompts_equal_plain_arithmetic_in_every_format_and_shape() {
     let mut rng = StdRng::seed_from_u64(20);
     for compute in with_units() {
         for dtype in QUANTIZED {
-            // One panel, panels of eight blocks, and of nine and ten: 18 and 20 blocks are 576 and 640 columns. Tiles that are not
-            // full, and one that has no neighbour.
+            // One panel, panels of eight blocks, of nine (576 columns), of seven and six (640). Tiles that are not full, and one that
+            // has no neighbour.
             for (rows, columns) in [
                 (1, 256),
                 (40, 256),
@@ -123,6 +123,42 @@ fn a_prompts_row_equals_the_row_alone_to_the_bit() {
                 assert!(together == alone[..count * rows], "{dtype:?}, {count} rows");
             }
         }
+    }
+}
+
+/// Tiles of two matrices side by side, in formats whose blocks differ.
+#[test]
+fn matrices_that_are_multiplied_together_give_what_each_gives_alone() {
+    let mut rng = StdRng::seed_from_u64(24);
+    for compute in with_units() {
+        let columns = 512;
+        let all = [(GgmlDType::Q4K, 40), (GgmlDType::Q6K, 16), (GgmlDType::Q8_0, 33)];
+        let matrices = all.map(|(dtype, rows)| {
+            let (bytes, _) = weights(&mut rng, dtype, rows, columns);
+            pack(&compute, dtype, &bytes, [rows, columns])
+        });
+        let x = numbers(&mut rng, 50 * columns);
+        let mut quantized = QuantizedRows::default();
+        quantized.set(&compute, &x, &matrices.each_ref(), None, 45);
+        let mut together = matrices
+            .each_ref()
+            .map(|matrix| vec![f32::NAN; 50 * matrix.rows()]);
+        let rows = Rows {
+            floats: &x,
+            quantized: &quantized,
+        };
+        let mut targets: Vec<Target<'_>> = matrices
+            .iter()
+            .zip(&mut together)
+            .map(|(matrix, out)| Target { matrix, out })
+            .collect();
+        compute.product(rows, &mut targets, Combine::Store);
+        for (matrix, together) in matrices.iter().zip(&together) {
+            let mut alone = vec![f32::NAN; together.len()];
+            mixed(&compute, matrix, &x, 45, &mut alone, Combine::Store);
+            assert!(alone == *together);
+        }
+        assert!(!compute.without_units().units_read_prompts());
     }
 }
 
