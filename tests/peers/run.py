@@ -60,7 +60,9 @@ READY_SECONDS = 180
 
 def finish(command):
     """Runs to the end: its output, its errors and its peak of resident memory in bytes."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+    # A model of random weights writes anything.
+    readable = {"encoding": "utf-8", "errors": "replace"}
+    with tempfile.TemporaryFile("w+", **readable) as out, tempfile.TemporaryFile("w+", **readable) as errors:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
