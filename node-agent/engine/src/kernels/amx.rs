@@ -2,15 +2,18 @@
 //!
 //! Sums stay in the unit's registers as 32-bit floats, and no scale has to meet them. What is multiplied has 8 significant
 //! bits: numbers are a 256th part off at most. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1,
-//! chapter 18, and volume 2, LDTILECFG and TDPBF16PS.
+//! chapter 18, and volume 2, LDTILECFG, TILELOADDT1 and TDPBF16PS.
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __cpuid_count, __m512, __m512i, _CMP_UNORD_Q, _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cmp_ps_mask, _mm512_cvtne2ps_pbh, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mask_blend_epi16,
-    _mm512_mask_mov_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32,
-    _mm512_srli_epi32, _mm512_storeu_si512, _mm512_ternarylogic_epi32,
+    __cpuid_count, __m256i, __m512, __m512i, _CMP_UNORD_Q, _MM_FROUND_TO_NEG_INF, _mm256_storeu_si256,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask,
+    _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mask_blend_epi16,
+    _mm512_mask_mov_ps, _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_rcp14_ps, _mm512_reduce_ps,
+    _mm512_scalef_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32,
+    _mm512_storeu_si512, _mm512_ternarylogic_epi32,
 };
+use std::f32::consts::LOG2_E;
 use std::sync::OnceLock;
 
 use super::rows::BLOCK;
@@ -115,6 +118,9 @@ impl Shaped {
     /// Products of `R` times 16 rows, 1 or 2, with 32 columns: `sums`, `[R, 2, 16, 16]`, are what was there if they are to
     /// `go_on`, plus the products over `count` blocks. Every sum is added up block by block, alone or beside others.
     ///
+    /// Rows are fetched by the instruction that keeps them out of the first-level cache: they come by once for each pair of
+    /// tiles, and the weights that stay meet all of them.
+    ///
     /// # Safety
     /// `count` is not zero; at each of `rows` lie as many tiles, one after the other, and at each of `weights`; `sums` has
     /// room for all, which are there if they are to `go_on`, and no other thread looks at them.
@@ -160,11 +166,11 @@ impl Shaped {
                 asm!(
                     "2:",
                     "tileloadd tmm6, [{left} + {line}]",
-                    "tileloadd tmm4, [{first} + {line}]",
+                    "tileloaddt1 tmm4, [{first} + {line}]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tileloadd tmm7, [{right} + {line}]",
                     "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{second} + {line}]",
+                    "tileloaddt1 tmm5, [{second} + {line}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "add {left}, {step}",
@@ -186,7 +192,7 @@ impl Shaped {
                 asm!(
                     "2:",
                     "tileloadd tmm6, [{left} + {line}]",
-                    "tileloadd tmm4, [{first} + {line}]",
+                    "tileloaddt1 tmm4, [{first} + {line}]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tileloadd tmm7, [{right} + {line}]",
                     "tdpbf16ps tmm1, tmm4, tmm7",
@@ -230,6 +236,19 @@ pub(super) unsafe fn store_rounded([first, second]: [__m512; 2], to: *mut u16) {
     unsafe {
         let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second, first));
         _mm512_storeu_si512(to.cast(), both);
+    }
+}
+
+/// Sixteen of them.
+///
+/// # Safety
+/// `to` has 16 places; the caller was compiled with the units' instructions.
+#[inline(always)]
+pub(super) unsafe fn store_half(numbers: __m512, to: *mut u16) {
+    // SAFETY: the caller's promise; both types are 32 bytes of plain numbers.
+    unsafe {
+        let rounded: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(numbers));
+        _mm256_storeu_si256(to.cast(), rounded);
     }
 }
 
@@ -373,6 +392,33 @@ unsafe fn rounded_pairs(even: __m512, odd: __m512) -> __m512i {
         let even = _mm512_add_epi32(_mm512_castps_si512(even), half);
         let odd = _mm512_add_epi32(_mm512_castps_si512(odd), half);
         _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_srli_epi32::<16>(even), odd)
+    }
+}
+
+/// 2^x, a 300,000th part off at most: much nearer than what bfloat16 leaves of it. What is not a number stays so.
+#[inline(always)]
+pub(super) fn power_of_two(_: Units, x: __m512) -> __m512 {
+    // Remez, relative error, 1 at 0: 2^r for r in [0, 1).
+    const R: [f32; 4] = [0.693_044_84, 0.241_280_2, 0.052_242_472, 0.013_426_686];
+    // SAFETY: units stand for AVX-512 F and DQ too.
+    unsafe {
+        // What x is above the next whole number below; the last step multiplies with 2 to that number.
+        let r = _mm512_reduce_ps::<_MM_FROUND_TO_NEG_INF>(x);
+        let mut p = _mm512_set1_ps(R[3]);
+        for c in [R[2], R[1], R[0], 1.0] {
+            p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+        }
+        _mm512_scalef_ps(p, x)
+    }
+}
+
+/// x / (1 + e^(-factor y)), a 10,000th part off at most: a gate, whose products are rounded to bfloat16 next.
+#[inline(always)]
+pub(super) fn opened(units: Units, x: __m512, factor: f32, y: __m512) -> __m512 {
+    // SAFETY: units stand for AVX-512 F too.
+    unsafe {
+        let power = power_of_two(units, _mm512_mul_ps(y, _mm512_set1_ps(-factor * LOG2_E)));
+        _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(power, _mm512_set1_ps(1.0))))
     }
 }
 

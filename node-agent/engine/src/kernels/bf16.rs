@@ -6,20 +6,22 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::amx::{HalfTile, TILE_FLOATS, TILE_ROWS, Units, Work, store_rounded, unpack};
+use super::amx::{HalfTile, TILE_FLOATS, TILE_ROWS, Units, Work, opened, store_half, store_rounded, unpack};
 use super::lines::Lines;
 use super::pool::SharedMut;
 use super::product::{Combine, Gate, put};
 use super::rows::BLOCK;
 use super::simd::{LANES, Simd};
-use super::vector::{Norm, gelu, silu};
+use super::vector::{GELU, Norm, SILU, with_cube};
 use super::weights::{Matrix, with_layout};
 use super::x86::Avx512;
 use super::{Compute, Dispatch};
 
-/// Blocks that are taken apart at once at most. Two tiles of eight or nine (16 to 18 KiB) leave room for rows in the first-level
-/// cache.
-const PANEL_BLOCKS: usize = 9;
+/// Blocks that are taken apart at once at most. Two tiles of 18 (36 KiB) stay in the first-level cache of 48 KiB, for rows go
+/// around it ([`Shaped::multiply`](super::amx::Shaped)). Half as many are 8 % slower: sums are read and written once more.
+const PANEL_BLOCKS: usize = 18;
+/// The same where some formats' blocks share scales in eights.
+const PANEL_BLOCKS_OF_EIGHTS: usize = PANEL_BLOCKS / 8 * 8;
 /// Pairs of tiles of a strip at most: rows are fetched once for all of them, a few blocks at a time. In a program by itself, on
 /// one core of Emerald Rapids, 512 rows of 2048 numbers were multiplied with 789 thousand million products a second then, and
 /// with 642 where every pair fetched them.
@@ -43,6 +45,33 @@ impl Bf16Rows {
         self.rows
     }
 
+    /// Room for so many rows, with what was there before.
+    ///
+    /// # Panics
+    /// When columns are no multiple of 32.
+    fn begin(&mut self, rows: usize, columns: usize) -> &mut [HalfTile] {
+        assert!(columns > 0 && columns.is_multiple_of(BLOCK));
+        (self.columns, self.rows) = (columns, rows);
+        let count = rows.div_ceil(TILE_ROWS) * columns / BLOCK;
+        // Widths come and go: what there was room for is not written again.
+        self.tiles.resize(self.tiles.len().max(count), HalfTile::ZERO);
+        &mut self.tiles[..count]
+    }
+
+    /// Room for so many rows that are written piece by piece.
+    ///
+    /// # Panics
+    /// When columns are no multiple of 32.
+    pub(super) fn opened(&mut self, rows: usize, columns: usize) -> Opened {
+        let tiles = self.begin(rows, columns);
+        if !rows.is_multiple_of(TILE_ROWS) {
+            for tile in tiles.iter_mut().rev().take(columns / BLOCK) {
+                tile.0[rows % TILE_ROWS * BLOCK..].fill(0);
+            }
+        }
+        Opened::Rounded(SharedMut::new(tiles))
+    }
+
     /// Rounds `[rows, columns]` numbers, normalised first where there is a norm.
     ///
     /// # Panics
@@ -55,16 +84,10 @@ impl Bf16Rows {
         columns: usize,
         norm: Option<Norm<'_>>,
     ) {
-        assert!(columns > 0 && columns.is_multiple_of(BLOCK) && x.len().is_multiple_of(columns));
+        assert!(columns > 0 && x.len().is_multiple_of(columns));
         assert!(norm.is_none_or(|norm| norm.weight.len() == columns));
+        let tiles = self.begin(x.len() / columns, columns);
         let blocks = columns / BLOCK;
-        self.columns = columns;
-        self.rows = x.len() / columns;
-        let count = self.rows.div_ceil(TILE_ROWS);
-        // Widths come and go: what there was room for is not written again.
-        self.tiles
-            .resize(self.tiles.len().max(count * blocks), HalfTile::ZERO);
-        let tiles = &mut self.tiles[..count * blocks];
         compute.pool.for_each_chunk(tiles, blocks, |group, tiles| {
             let width = TILE_ROWS * columns;
             units.run(Round {
@@ -138,14 +161,29 @@ pub(super) enum Pair<'a> {
     /// Two tiles, or the last one.
     Tiles(Place<'a>, Option<Place<'a>>),
     /// A tile of the gate, and the one that it opens.
-    Gated(&'a Matrix, Gate, Place<'a>),
+    Gated {
+        gate: &'a Matrix,
+        kind: Gate,
+        up: &'a Matrix,
+        tile: usize,
+        to: Opened,
+    },
+}
+
+/// Where what a gate opens goes.
+#[derive(Clone, Copy)]
+pub(super) enum Opened {
+    /// `[rows, rows of the matrix]`.
+    Floats(SharedMut<f32>),
+    /// Rows for the next product, `[rows of prompts / 16, rows of the matrix / 32]`.
+    Rounded(SharedMut<HalfTile>),
 }
 
 impl<'a> Pair<'a> {
     fn matrices(&self) -> [(&'a Matrix, usize); 2] {
         match *self {
             Self::Tiles(left, right) => [left, right.unwrap_or(left)].map(|place| (place.matrix, place.tile)),
-            Self::Gated(gate, _, place) => [(gate, place.tile), (place.matrix, place.tile)],
+            Self::Gated { gate, up, tile, .. } => [(gate, tile), (up, tile)],
         }
     }
 }
@@ -154,7 +192,8 @@ impl Compute {
     /// Multiplies rows with tiles; `first_row` is the first one's place in what comes out.
     ///
     /// # Safety
-    /// Matrices are quantised and as wide as the rows; what comes out has room for all rows, and nobody else writes there.
+    /// Matrices are quantised and as wide as the rows; what comes out has room for all rows, and nobody else writes there. Where
+    /// it is rounded, the matrix has a multiple of 32 rows.
     pub(super) unsafe fn multiply_units(
         &self,
         units: Units,
@@ -220,9 +259,11 @@ impl Work for Strip<'_> {
         room.panels.resize(STRIP_PAIRS * 2 * PANEL_BLOCKS, HalfTile::ZERO);
         room.sums
             .set_length(self.pairs.len() * groups.len() * 2 * TILE_FLOATS);
-        // Blocks that share scales come in eights.
-        let even = blocks.div_ceil(blocks.div_ceil(PANEL_BLOCKS));
-        let step = if blocks.is_multiple_of(8) { 8 } else { even };
+        let step = if blocks.is_multiple_of(8) {
+            PANEL_BLOCKS_OF_EIGHTS.min(blocks)
+        } else {
+            blocks.div_ceil(blocks.div_ceil(PANEL_BLOCKS))
+        };
         // Vectors have half their pace for a while after the units: one does its work for all pairs before the other.
         for first in (0..blocks).step_by(step) {
             let count = step.min(blocks - first);
@@ -232,12 +273,13 @@ impl Work for Strip<'_> {
             }
             self.multiply(units, &groups, (first, count), &room.panels, &mut room.sums);
         }
-        for (pair, sums) in self
-            .pairs
-            .iter()
-            .zip(room.sums.chunks_exact(groups.len() * 2 * TILE_FLOATS))
-        {
-            self.finish(simd, pair, sums);
+        // Group by group: what is written of a row lies side by side for all pairs.
+        let size = groups.len() * 2 * TILE_FLOATS;
+        for group in 0..groups.len() {
+            for (pair, sums) in self.pairs.iter().zip(room.sums.chunks_exact(size)) {
+                let sums = &sums[group * 2 * TILE_FLOATS..][..2 * TILE_FLOATS];
+                self.finish((simd, units), pair, group, sums);
+            }
         }
         ROOM.replace(room);
     }
@@ -305,13 +347,15 @@ impl Strip<'_> {
         }
     }
 
-    /// Writes what becomes of a pair's sums, `[rows / 16, 2, 16, 16]`.
+    /// Writes what becomes of a pair's sums for a group of rows, `[2, 16, 16]`.
     #[inline(always)]
-    fn finish(&self, simd: Avx512, pair: &Pair<'_>, sums: &[f32]) {
-        for row in self.range.clone() {
-            let (group, line) = ((row - self.range.start) / TILE_ROWS, row % TILE_ROWS);
-            let sums = &sums[group * 2 * TILE_FLOATS..][..2 * TILE_FLOATS];
-            // SAFETY: a group has two tiles of 16 times 16 sums; the promise of who made the strip.
+    fn finish(&self, (simd, units): (Avx512, Units), pair: &Pair<'_>, group: usize, sums: &[f32]) {
+        assert!(sums.len() == 2 * TILE_FLOATS);
+        let first = self.range.start + group * TILE_ROWS;
+        for line in 0..TILE_ROWS.min(self.range.end - first) {
+            let row = first + line;
+            // SAFETY: a group has two tiles of 16 times 16 sums; the promise of who made the strip: tiles of rows have 16 lines of
+            // 32 numbers.
             unsafe {
                 let left = simd.load(sums.as_ptr().add(line * LANES));
                 let right = simd.load(sums.as_ptr().add(TILE_FLOATS + line * LANES));
@@ -322,12 +366,30 @@ impl Strip<'_> {
                             self.write(simd, other, row, right);
                         }
                     }
-                    Pair::Gated(_, gate, place) => {
-                        let opened = match gate {
-                            Gate::Silu => silu(simd, left),
-                            Gate::Gelu => gelu(simd, left),
+                    Pair::Gated {
+                        kind, up, tile, to, ..
+                    } => {
+                        let opened = match kind {
+                            Gate::Silu => opened(units, left, SILU, left),
+                            Gate::Gelu => opened(units, left, GELU, with_cube(simd, left)),
                         };
-                        self.write(simd, place, row, simd.mul(opened, right));
+                        let products = simd.mul(opened, right);
+                        match to {
+                            Opened::Floats(out) => {
+                                let place = Place {
+                                    matrix: up,
+                                    tile,
+                                    out,
+                                };
+                                self.write(simd, place, row, products);
+                            }
+                            Opened::Rounded(tiles) => {
+                                let blocks = up.rows() / BLOCK;
+                                let to = tiles.at(row / TILE_ROWS * blocks + tile / 2).cast::<u16>();
+                                let place = row % TILE_ROWS * BLOCK + tile % 2 * LANES;
+                                store_half(products, to.add(place));
+                            }
+                        }
                     }
                 }
             }

@@ -112,7 +112,7 @@ impl Numbers<'_> {
     }
 
     /// Whether there is a scale for each number.
-    fn has_scales(&self, dim: usize) -> bool {
+    pub(super) fn has_scales(&self, dim: usize) -> bool {
         match self {
             Self::F16(_) | Self::F32(_) => true,
             Self::Q8(_, scales) => scales.len() == dim.div_ceil(SCALE_DIMS) * BLOCK_TOKENS,
@@ -123,7 +123,7 @@ impl Numbers<'_> {
     /// `index` is a multiple of 16, `index + 16` at most the length; a scale is there for the first dimension
     /// of the 16 numbers.
     #[inline(always)]
-    unsafe fn load<S: Simd>(&self, simd: S, index: usize, lie: Lie) -> S::F {
+    pub(super) unsafe fn load<S: Simd>(&self, simd: S, index: usize, lie: Lie) -> S::F {
         // SAFETY: the caller's promise; `f16` is a `u16` in memory.
         unsafe {
             match self {

@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 #[cfg(target_arch = "x86_64")]
-use super::bf16::{Pair, Place};
+use super::bf16::{Opened, Pair, Place};
 use super::pool::SharedMut;
 use super::rows::{GROUP, Group, QuantizedRows};
 use super::simd::{LANES, Simd};
@@ -102,11 +102,19 @@ impl Compute {
         );
     }
 
-    /// `gate(x G) * (x U)`: the first half of a feed-forward part.
+    /// `gate(x G) * (x U)`: the first half of a feed-forward part. Rows of prompts go to the next product's rows, where those are
+    /// given, and not to `out`.
     ///
     /// # Panics
     /// When shapes do not fit.
-    pub(crate) fn gated(&self, rows: Rows<'_>, gate: (&Matrix, Gate), up: &Matrix, out: &mut [f32]) {
+    pub(crate) fn gated(
+        &self,
+        rows: Rows<'_>,
+        gate: (&Matrix, Gate),
+        up: &Matrix,
+        out: &mut [f32],
+        next: Option<&mut QuantizedRows>,
+    ) {
         let of_prompts = rows.of_prompts([gate.0, up].into_iter());
         let count = rows.check(self, gate.0, of_prompts);
         assert_eq!((gate.0.rows(), gate.0.columns()), (up.rows(), up.columns()));
@@ -115,15 +123,21 @@ impl Compute {
         let out = SharedMut::new(out);
         #[cfg(target_arch = "x86_64")]
         self.with_units(rows, (count - of_prompts, of_prompts), Combine::Store, || {
-            let place = |tile| Place {
-                matrix: up,
-                tile,
-                out,
+            let to = match next {
+                Some(next) => next.opened(of_prompts, up.rows()),
+                None => Opened::Floats(out),
             };
-            (0..up.tiles())
-                .map(|tile| Pair::Gated(gate.0, gate.1, place(tile)))
-                .collect()
+            let pair = |tile| Pair::Gated {
+                gate: gate.0,
+                kind: gate.1,
+                up,
+                tile,
+                to,
+            };
+            (0..up.tiles()).map(pair).collect()
         });
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = next;
         let groups: Vec<Group> = self.groups(count - of_prompts).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         let total = up.tiles();

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
-use super::bf16::Bf16Rows;
+use super::bf16::{Bf16Rows, Opened};
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd};
 use super::vector::Norm;
@@ -178,6 +178,12 @@ impl QuantizedRows {
         0
     }
 
+    /// Room for rows of prompts, which a product writes: see [`Self::set_but_prompts`].
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn opened(&mut self, of_prompts: usize, columns: usize) -> Opened {
+        self.of_prompts.opened(of_prompts, columns)
+    }
+
     #[cfg(target_arch = "x86_64")]
     pub(super) fn as_bf16(&self) -> &Bf16Rows {
         &self.of_prompts
@@ -224,6 +230,21 @@ impl QuantizedRows {
         };
         #[cfg(not(target_arch = "x86_64"))]
         let _ = of_prompts;
+        self.set_but_prompts(compute, x, matrices, norm);
+    }
+
+    /// As [`Self::set`], the rows before those of prompts, which are there already.
+    ///
+    /// # Panics
+    /// As it does.
+    pub(crate) fn set_but_prompts(
+        &mut self,
+        compute: &Compute,
+        x: &[f32],
+        matrices: &[&Matrix],
+        norm: Option<Norm<'_>>,
+    ) {
+        let columns = matrices[0].columns();
         let wanted = matrices.iter().fold(Corrections::default(), |wanted, matrix| {
             wanted.with(matrix.correction())
         });

@@ -68,6 +68,8 @@ struct Scratch {
     x: Vec<f32>,
     normed: Vec<f32>,
     quantized: QuantizedRows,
+    /// What the gate of a feed-forward part opens, as the next product takes it.
+    opened: QuantizedRows,
     queries: Vec<f32>,
     keys: Vec<f32>,
     values: Vec<f32>,
@@ -465,6 +467,7 @@ impl Layer {
             x,
             normed,
             quantized,
+            opened,
             fed,
             change,
             ..
@@ -483,14 +486,19 @@ impl Layer {
             &halves,
             of_prompts,
         );
-        compute.gated(from, (&self.gate, gate), &self.up, fed);
-        let fed = prepared(
-            compute,
-            (fed, None),
-            (normed, quantized),
-            &[&self.down],
-            of_prompts,
-        );
+        // Those of prompts are rounded as they are computed.
+        let next = (of_prompts > 0).then_some(&mut *opened);
+        compute.gated(from, (&self.gate, gate), &self.up, fed, next);
+        let fed = if of_prompts > 0 {
+            let others = fed.len() - of_prompts * config.feed_forward;
+            opened.set_but_prompts(compute, &fed[..others], &[&self.down], None);
+            Rows {
+                floats: fed,
+                quantized: opened,
+            }
+        } else {
+            prepared(compute, (fed, None), (normed, opened), &[&self.down], 0)
+        };
         add_product(
             compute,
             fed,

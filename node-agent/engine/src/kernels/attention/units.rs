@@ -7,8 +7,11 @@ use std::arch::x86_64::{
     __mmask16, _CMP_UNORD_Q, _mm512_cmp_ps_mask, _mm512_mask_max_ps, _mm512_maskz_mov_ps,
 };
 use std::cell::RefCell;
+use std::f32::consts::{LN_2, LOG2_E};
 
-use super::super::amx::{HalfTile, TILE_FLOATS, TILE_ROWS, Units, Work, store_pairs, store_rounded};
+use super::super::amx::{
+    HalfTile, TILE_FLOATS, TILE_ROWS, Units, Work, power_of_two, store_pairs, store_rounded,
+};
 use super::super::x86::Avx512;
 use super::*;
 
@@ -65,7 +68,7 @@ impl Work for Stretch<'_> {
             .set_length(if first < last { count * numbers } else { 0 });
         for stretch in first..=last {
             let seen = self.seen(stretch);
-            self.take_blocks((simd, units), seen, &mut room.wide, &mut tiles);
+            self.take_blocks((simd, units), seen, &mut tiles);
             let to = if stretch == first {
                 &mut room.total
             } else {
@@ -111,7 +114,8 @@ impl Stretch<'_> {
         }
     }
 
-    /// Queries as the units take them. What lies behind the last is of no account.
+    /// Queries as the units take them, so that scores are exponents of 2 (e^x is 2^(x log2 e)). What lies behind the last is of no
+    /// account.
     #[inline(always)]
     fn round_queries(&self, simd: Avx512, queries: &[f32], to: &mut Vec<HalfTile>) {
         let (dim, padded) = (self.attention.head_dim, padded(self.attention.head_dim));
@@ -131,7 +135,8 @@ impl Stretch<'_> {
                     } else {
                         simd.splat(0.0)
                     };
-                    store_rounded([first, second], line.as_mut_ptr());
+                    let powers = [first, second].map(|x| simd.mul(x, simd.splat(LOG2_E)));
+                    store_rounded(powers, line.as_mut_ptr());
                 }
             }
         }
@@ -139,75 +144,34 @@ impl Stretch<'_> {
 
     /// Keys and values of a stretch's blocks as the units take them.
     #[inline(always)]
-    fn take_blocks(
-        &self,
-        (simd, units): (Avx512, Units),
-        seen: Seen,
-        [wide_keys, wide_values]: &mut [Lines; 2],
-        tiles: &mut Tiles,
-    ) {
+    fn take_blocks(&self, (simd, units): (Avx512, Units), seen: Seen, tiles: &mut Tiles) {
         let dim = self.attention.head_dim;
-        let (padded, chunks) = (padded(dim), dim.div_ceil(2 * LANES));
+        let chunks = dim.div_ceil(2 * LANES);
         assert!(seen.blocks <= BLOCKS);
-        let keys = BLOCKS * 2 * chunks;
-        tiles.keys.resize(tiles.keys.len().max(keys), HalfTile::ZERO);
-        tiles
-            .values
-            .resize(tiles.values.len().max(2 * chunks * BLOCKS), HalfTile::ZERO);
+        let most = 2 * chunks * BLOCKS;
+        tiles.keys.resize(tiles.keys.len().max(most), HalfTile::ZERO);
+        tiles.values.resize(tiles.values.len().max(most), HalfTile::ZERO);
         for index in 0..seen.blocks {
             let block = seen.first_block + index;
             let (keys, values) = self
                 .cache
                 .block(self.piece.run.sequence, block, self.piece.kv_head);
-            wide_keys.set_length(keys.len());
-            wide_values.set_length(values.len());
-            widen(simd, keys, Lie::Keys, dim, wide_keys);
-            widen(simd, values, Lie::Values { padded }, dim, wide_values);
-            assert!(wide_keys.len() >= dim * BLOCK_TOKENS && wide_values.len() >= BLOCK_TOKENS * padded);
-            let (keys, values) = (wide_keys.as_ptr(), wide_values.as_ptr());
-            // SAFETY (all): the assertion, for places below `dim` and 32, and below `padded` and 32.
-            for half in 0..2 {
-                for chunk in 0..chunks {
-                    let tile = &mut tiles.keys[(index * 2 + half) * chunks + chunk];
-                    for line in 0..TILE_ROWS {
-                        let d = chunk * 2 * LANES + 2 * line;
-                        let mut pair = [simd.splat(0.0); 2];
-                        for (odd, numbers) in pair.iter_mut().enumerate() {
-                            if d + odd < dim {
-                                *numbers =
-                                    unsafe { simd.load(keys.add((d + odd) * BLOCK_TOKENS + half * LANES)) };
-                            }
-                        }
-                        store_pairs(units, pair, tile, line);
-                    }
-                }
-            }
+            let of_keys = &mut tiles.keys[2 * index * chunks..2 * (index + 1) * chunks];
             // Behind the last token nothing was written yet.
             let there = (seen.end - block * BLOCK_TOKENS).min(BLOCK_TOKENS);
-            let mut whole = 0_u32;
-            for token in 0..there {
-                let mut suspicion = simd.splat(0.0);
-                for start in (0..padded).step_by(LANES) {
-                    // Infinity times zero is not a number, and neither is anything added to that.
-                    let x = unsafe { simd.load(values.add(token * padded + start)) };
-                    suspicion = simd.fma(x, simd.splat(0.0), suspicion);
-                }
-                let none = unsafe { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(suspicion, suspicion) };
-                whole |= u32::from(none == 0) << token;
+            let of_values = (&mut tiles.values[index..], there);
+            let (of, on) = (|numbers| BlockOf { dim, numbers }, (simd, units));
+            // What numbers they are is asked here, not for each vector.
+            match keys {
+                Numbers::F16(x) => of(Numbers::F16(x)).take_keys(on, of_keys),
+                Numbers::F32(x) => of(Numbers::F32(x)).take_keys(on, of_keys),
+                Numbers::Q8(x, scales) => of(Numbers::Q8(x, scales)).take_keys(on, of_keys),
             }
-            tiles.broken[index] = !whole & (u32::MAX >> (BLOCK_TOKENS - there));
-            for start in (0..padded).step_by(LANES) {
-                let tile = &mut tiles.values[start / LANES * BLOCKS + index];
-                for line in 0..TILE_ROWS {
-                    let mut pair = [simd.splat(0.0); 2];
-                    for (odd, numbers) in pair.iter_mut().enumerate() {
-                        if whole >> (2 * line + odd) & 1 == 1 {
-                            *numbers = unsafe { simd.load(values.add((2 * line + odd) * padded + start)) };
-                        }
-                    }
-                    store_pairs(units, pair, tile, line);
-                }
-            }
+            tiles.broken[index] = match values {
+                Numbers::F16(x) => of(Numbers::F16(x)).take_values(on, of_values),
+                Numbers::F32(x) => of(Numbers::F32(x)).take_values(on, of_values),
+                Numbers::Q8(x, scales) => of(Numbers::Q8(x, scales)).take_values(on, of_values),
+            };
         }
     }
 
@@ -244,7 +208,7 @@ impl Stretch<'_> {
             let index = query - queries.start;
             let partial = &mut partials[query * numbers..(query + 1) * numbers];
             self.weigh(
-                simd,
+                (simd, units),
                 seen,
                 (query, index),
                 (&tiles.sums, &tiles.broken),
@@ -277,7 +241,7 @@ impl Stretch<'_> {
     #[inline(always)]
     fn weigh(
         &self,
-        simd: Avx512,
+        (simd, units): (Avx512, Units),
         seen: Seen,
         (query, index): (usize, usize),
         (scores, broken): (&[f32], &[u32; BLOCKS]),
@@ -293,53 +257,161 @@ impl Stretch<'_> {
             let tile = half / 2 * 4 + tile * 2 + half % 2;
             &scores[tile * TILE_FLOATS + line * LANES..][..LANES]
         };
+        // Blocks of which it sees nothing have no weight.
+        let blocks = if from < to {
+            from / BLOCK_TOKENS..to.div_ceil(BLOCK_TOKENS)
+        } else {
+            0..0
+        };
         // SAFETY (all below): places have 16 scores; a line of a tile has 32 places; partial results have 32 numbers behind the
         // padded dimensions.
-        let mut most = simd.splat(f32::NEG_INFINITY);
-        for half in 0..2 * seen.blocks {
-            let mask = mask_of(from, to, half * LANES);
-            most = unsafe { _mm512_mask_max_ps(most, mask, most, simd.load(place(half).as_ptr())) };
+        let mut most = [simd.splat(f32::NEG_INFINITY); 2];
+        for block in blocks.clone() {
+            let masks = masks_of(from, to, block);
+            for (half, most) in most.iter_mut().enumerate() {
+                let score = place(2 * block + half).as_ptr();
+                *most = unsafe { _mm512_mask_max_ps(*most, masks[half], *most, simd.load(score)) };
+            }
         }
-        let mut most = simd.reduce_max(most);
+        let mut most = simd.reduce_max(simd.max(most[0], most[1]));
         if from < to && most == f32::NEG_INFINITY {
             // Scores that are no numbers, or lie below all: not the same as none.
             most = f32::NAN;
         }
         let reference = simd.splat(most);
-        let mut sum = simd.splat(0.0);
+        let mut sums = [simd.splat(0.0); 2];
         for block in 0..seen.blocks {
             let mut both = [simd.splat(0.0); 2];
-            for (half, weights) in both.iter_mut().enumerate() {
-                let half = 2 * block + half;
-                let mask = mask_of(from, to, half * LANES);
-                if mask != 0 {
-                    let score = unsafe { simd.load(place(half).as_ptr()) };
-                    let weight = exp(simd, simd.sub(score, reference));
-                    *weights = unsafe { _mm512_maskz_mov_ps(mask, weight) };
-                    sum = simd.add(sum, *weights);
+            if blocks.contains(&block) {
+                let masks = masks_of(from, to, block);
+                for (half, weights) in both.iter_mut().enumerate() {
+                    let score = unsafe { simd.load(place(2 * block + half).as_ptr()) };
+                    let weight = power_of_two(units, simd.sub(score, reference));
+                    *weights = unsafe { _mm512_maskz_mov_ps(masks[half], weight) };
+                    sums[half] = simd.add(sums[half], *weights);
                 }
             }
             let line = &mut weights[tile * BLOCKS + block].0[line * 2 * LANES..][..2 * LANES];
             unsafe { store_rounded(both, line.as_mut_ptr()) }
         }
+        let mut sum = simd.add(sums[0], sums[1]);
         for (block, broken) in broken.iter().enumerate().take(seen.blocks) {
-            let halves = [0, LANES].map(|half| u32::from(mask_of(from, to, block * BLOCK_TOKENS + half)));
-            if broken & (halves[0] | halves[1] << LANES) != 0 {
+            if *broken == 0 {
+                continue;
+            }
+            let [first, second] = masks_of(from, to, block).map(u32::from);
+            if broken & (first | second << LANES) != 0 {
                 sum = simd.splat(f32::NAN);
             }
         }
         let rest = &mut partial[padded(self.attention.head_dim)..][..2 * LANES];
         rest.fill(0.0);
         unsafe { simd.store(rest.as_mut_ptr(), sum) }
-        rest[LANES] = most;
+        // Results are joined by powers of e.
+        rest[LANES] = most * LN_2;
     }
 }
 
-/// Which of 16 tokens from `start` on lie in a range.
+/// Keys or values of a head in a block.
+#[derive(Clone, Copy)]
+struct BlockOf<'a> {
+    dim: usize,
+    numbers: Numbers<'a>,
+}
+
+impl BlockOf<'_> {
+    /// Writes keys as the units take them, `[2, dimensions / 32]`.
+    #[inline(always)]
+    fn take_keys(self, (simd, units): (Avx512, Units), to: &mut [HalfTile]) {
+        let chunks = self.dim.div_ceil(2 * LANES);
+        assert!(self.numbers.len() >= self.dim * BLOCK_TOKENS && self.numbers.has_scales(self.dim));
+        for (index, tile) in to.iter_mut().enumerate() {
+            let (half, chunk) = (index / chunks, index % chunks);
+            for line in 0..TILE_ROWS {
+                let d = chunk * 2 * LANES + 2 * line;
+                let mut pair = [simd.splat(0.0); 2];
+                for (odd, numbers) in pair.iter_mut().enumerate() {
+                    if d + odd < self.dim {
+                        let place = (d + odd) * BLOCK_TOKENS + half * LANES;
+                        // SAFETY: the assertion.
+                        *numbers = unsafe { self.numbers.load(simd, place, Lie::Keys) };
+                    }
+                }
+                store_pairs(units, pair, tile, line);
+            }
+        }
+    }
+
+    /// Writes the values of the tokens that are there as the units take them, `[dimensions / 16]` in steps of [`BLOCKS`]. Gives
+    /// those tokens of which one is no number, or has no end: zeros stand there instead.
+    #[inline(always)]
+    fn take_values(self, on: (Avx512, Units), (to, there): (&mut [HalfTile], usize)) -> u32 {
+        assert!(self.numbers.len() >= BLOCK_TOKENS * padded(self.dim) && self.numbers.has_scales(self.dim));
+        if there == BLOCK_TOKENS && self.write_values(on, u32::MAX, to) {
+            return 0;
+        }
+        let (simd, padded) = (on.0, padded(self.dim));
+        let mut whole = 0_u32;
+        for token in 0..there {
+            let mut suspicion = simd.splat(0.0);
+            for start in (0..padded).step_by(LANES) {
+                // SAFETY: the assertion.
+                let x = unsafe {
+                    self.numbers
+                        .load(simd, token * padded + start, Lie::Values { padded })
+                };
+                suspicion = simd.fma(x, simd.splat(0.0), suspicion);
+            }
+            whole |= u32::from(has_numbers(suspicion)) << token;
+        }
+        self.write_values(on, whole, to);
+        !whole & (u32::MAX >> (BLOCK_TOKENS - there))
+    }
+
+    /// Writes values of some tokens, a bit each, and zeros for others. Gives whether all are numbers that have an end.
+    #[inline(always)]
+    fn write_values(self, (simd, units): (Avx512, Units), tokens: u32, to: &mut [HalfTile]) -> bool {
+        let padded = padded(self.dim);
+        assert!(self.numbers.len() >= BLOCK_TOKENS * padded && self.numbers.has_scales(self.dim));
+        let mut suspicion = [simd.splat(0.0); 2];
+        for start in (0..padded).step_by(LANES) {
+            let tile = &mut to[start / LANES * BLOCKS];
+            for line in 0..TILE_ROWS {
+                let mut pair = [simd.splat(0.0); 2];
+                for (odd, numbers) in pair.iter_mut().enumerate() {
+                    let token = 2 * line + odd;
+                    if tokens >> token & 1 == 1 {
+                        let place = token * padded + start;
+                        // SAFETY: the assertion.
+                        *numbers = unsafe { self.numbers.load(simd, place, Lie::Values { padded }) };
+                        suspicion[odd] = simd.fma(*numbers, simd.splat(0.0), suspicion[odd]);
+                    }
+                }
+                store_pairs(units, pair, tile, line);
+            }
+        }
+        has_numbers(simd.add(suspicion[0], suspicion[1]))
+    }
+}
+
+/// Whether all are numbers. (Infinity times zero is none, and neither is anything added to that.)
 #[inline(always)]
-fn mask_of(from: usize, to: usize, start: usize) -> __mmask16 {
-    let from = from.saturating_sub(start).min(LANES);
-    let to = to.saturating_sub(start).min(LANES);
-    let below = |end: usize| (1_u32 << end) - 1;
-    (below(to.max(from)) & !below(from)) as __mmask16
+fn has_numbers(x: <Avx512 as Simd>::F) -> bool {
+    // SAFETY: a value of `Avx512` stands for the instruction; who has such a vector has one.
+    unsafe { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x) == 0 }
+}
+
+/// Which tokens of a block lie in a range, its first 16 and its last.
+#[inline(always)]
+fn masks_of(from: usize, to: usize, block: usize) -> [__mmask16; 2] {
+    let start = block * BLOCK_TOKENS;
+    if from <= start && start + BLOCK_TOKENS <= to {
+        return [__mmask16::MAX; 2];
+    }
+    [start, start + LANES].map(|start| {
+        let from = from.saturating_sub(start).min(LANES);
+        let to = to.saturating_sub(start).min(LANES);
+        let below = |end: usize| (1_u32 << end) - 1;
+        (below(to.max(from)) & !below(from)) as __mmask16
+    })
 }

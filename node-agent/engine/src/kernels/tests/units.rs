@@ -52,8 +52,8 @@ fn products_of_prompts_equal_plain_arithmetic_in_every_format_and_shape() {
     let mut rng = StdRng::seed_from_u64(20);
     for compute in with_units() {
         for dtype in QUANTIZED {
-            // One panel, panels of eight blocks, of nine (576 columns), of seven and six (640). Tiles that are not full, and one that
-            // has no neighbour.
+            // One panel (256 and 576 columns), panels of sixteen and eight blocks (768), of sixteen (1024), of ten (640). Tiles that
+            // are not full, and one that has no neighbour.
             for (rows, columns) in [
                 (1, 256),
                 (40, 256),
@@ -187,7 +187,7 @@ fn gates_and_norms_of_prompts_equal_plain_arithmetic() {
                 floats: &x,
                 quantized: &quantized,
             };
-            compute.gated(from, (gate, kind), up, &mut out);
+            compute.gated(from, (gate, kind), up, &mut out, None);
             let opened = reference(&normed, gate_values, columns);
             let passing = reference(&normed, up_values, columns);
             let (mut errors, mut squares) = (0.0, 0.0);
@@ -205,6 +205,57 @@ fn gates_and_norms_of_prompts_equal_plain_arithmetic() {
                 squares += expected.powi(2);
             }
             assert!(errors <= squares * 2e-5, "{kind:?}: {errors} of {squares}");
+        }
+    }
+}
+
+/// Rounding what a gate opens is one step with computing it, and gives what two steps give.
+#[test]
+fn what_a_gate_opens_meets_the_next_product_rounded() {
+    let mut rng = StdRng::seed_from_u64(27);
+    for compute in with_units() {
+        let (inner, columns) = (96, 64);
+        let [gate, up, down] = [[inner, columns], [inner, columns], [columns, inner]].map(|shape| {
+            let (bytes, _) = weights(&mut rng, GgmlDType::Q4_1, shape[0], shape[1]);
+            pack(&compute, GgmlDType::Q4_1, &bytes, shape)
+        });
+        // More rows first, so that room with something in it is used again.
+        let mut next = QuantizedRows::default();
+        for (others, of_prompts) in [(0, 70), (5, 33), (0, 16), (3, 1)] {
+            let count = others + of_prompts;
+            let x = numbers(&mut rng, count * columns);
+            let mut quantized = QuantizedRows::default();
+            quantized.set(&compute, &x, &[&gate, &up], None, of_prompts);
+            let from = Rows {
+                floats: &x,
+                quantized: &quantized,
+            };
+            let multiply = |floats: &[f32], quantized: &QuantizedRows| {
+                let mut out = vec![f32::NAN; count * columns];
+                let target = Target {
+                    matrix: &down,
+                    out: &mut out,
+                };
+                compute.product(Rows { floats, quantized }, &mut [target], Combine::Store);
+                out
+            };
+            for kind in [Gate::Silu, Gate::Gelu] {
+                let mut floats = vec![f32::NAN; count * inner];
+                compute.gated(from, (&gate, kind), &up, &mut floats, None);
+                let mut opened = QuantizedRows::default();
+                opened.set(&compute, &floats, &[&down], None, of_prompts);
+                let expected = multiply(&floats, &opened);
+
+                let mut left = vec![f32::NAN; count * inner];
+                compute.gated(from, (&gate, kind), &up, &mut left, Some(&mut next));
+                let (first, last) = left.split_at(others * inner);
+                assert!(first == &floats[..others * inner] && last.iter().all(|x| x.is_nan()));
+                next.set_but_prompts(&compute, first, &[&down], None);
+                assert!(
+                    multiply(&left, &next) == expected,
+                    "{kind:?}, {others} and {of_prompts}"
+                );
+            }
         }
     }
 }
