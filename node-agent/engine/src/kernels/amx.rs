@@ -2,7 +2,8 @@
 //!
 //! Sums stay in the unit's registers as 32-bit floats, and no scale has to meet them. What is multiplied has 8 significant
 //! bits: numbers are a 256th part off at most. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1,
-//! chapter 18, and volume 2, LDTILECFG, TILELOADDT1 and TDPBF16PS.
+//! chapter 18, and volume 2, LDTILECFG, TILELOADDT1, TDPBF16PS, VREDUCEPS
+//! and VSCALEFPS.
 
 use std::arch::asm;
 use std::arch::x86_64::{
@@ -118,8 +119,9 @@ impl Shaped {
     /// Products of `R` times 16 rows, 1 or 2, with 32 columns: `sums`, `[R, 2, 16, 16]`, are what was there if they are to
     /// `go_on`, plus the products over `count` blocks. Every sum is added up block by block, alone or beside others.
     ///
-    /// Rows are fetched by the instruction that keeps them out of the first-level cache: they come by once for each pair of
-    /// tiles, and the weights that stay meet all of them.
+    /// Rows are fetched by an instruction that asks for not keeping them in the first-level cache: they come by once for each
+    /// pair of tiles, and the weights that stay there meet all of them. Emerald Rapids does as it is asked. (Attention's queries
+    /// lie there already; to fetch them otherwise gained nothing that could be measured.)
     ///
     /// # Safety
     /// `count` is not zero; at each of `rows` lie as many tiles, one after the other, and at each of `weights`; `sums` has
@@ -395,7 +397,7 @@ unsafe fn rounded_pairs(even: __m512, odd: __m512) -> __m512i {
     }
 }
 
-/// 2^x, a 300,000th part off at most: much nearer than what bfloat16 leaves of it. What is not a number stays so.
+/// 2^x, a 300,000th part off at most down to 2^-126: much nearer than what bfloat16 leaves of it. What is not a number stays so.
 #[inline(always)]
 pub(super) fn power_of_two(_: Units, x: __m512) -> __m512 {
     // Remez, relative error, 1 at 0: 2^r for r in [0, 1).
@@ -412,12 +414,12 @@ pub(super) fn power_of_two(_: Units, x: __m512) -> __m512 {
     }
 }
 
-/// x / (1 + e^(-factor y)), a 10,000th part off at most: a gate, whose products are rounded to bfloat16 next.
+/// x / (1 + e^-y), a 10,000th part off at most: of a gate, whose products are rounded to bfloat16 next.
 #[inline(always)]
-pub(super) fn opened(units: Units, x: __m512, factor: f32, y: __m512) -> __m512 {
+pub(super) fn opened(units: Units, x: __m512, y: __m512) -> __m512 {
     // SAFETY: units stand for AVX-512 F too.
     unsafe {
-        let power = power_of_two(units, _mm512_mul_ps(y, _mm512_set1_ps(-factor * LOG2_E)));
+        let power = power_of_two(units, _mm512_mul_ps(y, _mm512_set1_ps(-LOG2_E)));
         _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(power, _mm512_set1_ps(1.0))))
     }
 }

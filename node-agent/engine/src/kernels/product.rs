@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 #[cfg(target_arch = "x86_64")]
-use super::bf16::{Opened, Pair, Place};
+use super::bf16::{Pair, Place};
 use super::pool::SharedMut;
 use super::rows::{GROUP, Group, QuantizedRows};
 use super::simd::{LANES, Simd};
@@ -45,7 +45,7 @@ pub(crate) struct Target<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
     /// `[rows, columns]`. Where all matrices are quantised only their number counts: a norm may be in the quantised ones
-    /// alone.
+    /// alone, and so may rows of prompts.
     pub(crate) floats: &'a [f32],
     /// The same, quantised; not looked at by matrices of floats.
     pub(crate) quantized: &'a QuantizedRows,
@@ -102,8 +102,8 @@ impl Compute {
         );
     }
 
-    /// `gate(x G) * (x U)`: the first half of a feed-forward part. Rows of prompts go to the next product's rows, where those are
-    /// given, and not to `out`.
+    /// `gate(x G) * (x U)`: the first half of a feed-forward part. Those of prompts' rows are rounded for the next product and go
+    /// to its rows, to which [`QuantizedRows::set_but_prompts`] adds the others; their places in `out` stay what they are.
     ///
     /// # Panics
     /// When shapes do not fit.
@@ -113,7 +113,7 @@ impl Compute {
         gate: (&Matrix, Gate),
         up: &Matrix,
         out: &mut [f32],
-        next: Option<&mut QuantizedRows>,
+        next: &mut QuantizedRows,
     ) {
         let of_prompts = rows.of_prompts([gate.0, up].into_iter());
         let count = rows.check(self, gate.0, of_prompts);
@@ -122,11 +122,9 @@ impl Compute {
         let _ = rows.check(self, up, of_prompts);
         let out = SharedMut::new(out);
         #[cfg(target_arch = "x86_64")]
+        let to = next.room_for_prompts(of_prompts, up.rows());
+        #[cfg(target_arch = "x86_64")]
         self.with_units(rows, (count - of_prompts, of_prompts), Combine::Store, || {
-            let to = match next {
-                Some(next) => next.opened(of_prompts, up.rows()),
-                None => Opened::Floats(out),
-            };
             let pair = |tile| Pair::Gated {
                 gate: gate.0,
                 kind: gate.1,
@@ -172,7 +170,7 @@ impl Compute {
                 panic!("rows for matrix units, where there are none")
             };
             // SAFETY: `check` has seen that matrices are quantised and as wide as the rows, and how long `out` is; these rows
-            // of it are written here alone.
+            // of it are written here alone. Where they are rounded, room was made, for a multiple of 32.
             unsafe { self.multiply_units(units, rows.quantized.as_bf16(), first, &pairs(), combine) }
         }
     }
@@ -213,6 +211,8 @@ impl Rows<'_> {
                 "rows were rounded for products with other formats"
             );
             assert_eq!(self.quantized.of_prompts(), of_prompts);
+            #[cfg(target_arch = "x86_64")]
+            assert!(of_prompts == 0 || self.quantized.as_bf16().columns() == matrix.columns());
             let left = compute.groups(count - of_prompts);
             assert!(self.quantized.groups().iter().copied().eq(left));
         }

@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
-use super::bf16::{Bf16Rows, Opened};
+use super::amx::HalfTile;
+#[cfg(target_arch = "x86_64")]
+use super::bf16::Bf16Rows;
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd};
 use super::vector::Norm;
@@ -178,10 +180,10 @@ impl QuantizedRows {
         0
     }
 
-    /// Room for rows of prompts, which a product writes: see [`Self::set_but_prompts`].
+    /// Room for rows of prompts, which a gate writes. It may be none.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn opened(&mut self, of_prompts: usize, columns: usize) -> Opened {
-        self.of_prompts.opened(of_prompts, columns)
+    pub(super) fn room_for_prompts(&mut self, rows: usize, columns: usize) -> SharedMut<HalfTile> {
+        self.of_prompts.room(rows, columns)
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -233,7 +235,7 @@ impl QuantizedRows {
         self.set_but_prompts(compute, x, matrices, norm);
     }
 
-    /// As [`Self::set`], the rows before those of prompts, which are there already.
+    /// As [`Self::set`], the rows before those of prompts: those are there already, from [`Compute::gated`].
     ///
     /// # Panics
     /// As it does.

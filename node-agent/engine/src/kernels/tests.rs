@@ -375,7 +375,7 @@ fn gated_products_equal_plain_arithmetic() {
                 floats: &x,
                 quantized: &quantized,
             };
-            compute.gated(rows, (&gate, kind), &up, &mut out, None);
+            compute.gated(rows, (&gate, kind), &up, &mut out, &mut QuantizedRows::default());
             close(&out, &expected, 1e-3, &format!("{kind:?}"));
         }
     }

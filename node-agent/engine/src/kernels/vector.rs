@@ -7,11 +7,6 @@ use super::{Compute, Dispatch, Operation};
 /// Numbers that one thread handles before another has heard of them.
 const GRAIN_NUMBERS: usize = 8192;
 
-/// Activations are x / (1 + e^(-factor y)): of SiLU, y is x.
-pub(super) const SILU: f32 = 1.0;
-/// Of GELU's tanh approximation, x / 2 * (1 + tanh u), which is x times the sigmoid of 2u.
-pub(super) const GELU: f32 = 2.0 * 0.797_884_6;
-
 /// x / (1 + e^-x).
 #[inline(always)]
 pub(super) fn silu<S: Simd>(simd: S, x: S::F) -> S::F {
@@ -20,17 +15,19 @@ pub(super) fn silu<S: Simd>(simd: S, x: S::F) -> S::F {
     simd.div(x, simd.add(one, exp(simd, negative)))
 }
 
-/// The tanh approximation of GELU.
+/// The tanh approximation of GELU, by x * sigmoid(2u), which is the same as x / 2 * (1 + tanh u).
 #[inline(always)]
 pub(super) fn gelu<S: Simd>(simd: S, x: S::F) -> S::F {
-    let u = simd.mul(with_cube(simd, x), simd.splat(-GELU));
-    simd.div(x, simd.add(simd.splat(1.0), exp(simd, u)))
+    let negative = simd.sub(simd.splat(0.0), gelu_exponent(simd, x));
+    simd.div(x, simd.add(simd.splat(1.0), exp(simd, negative)))
 }
 
-/// x + 0.044715 x^3.
+/// That 2u.
 #[inline(always)]
-pub(super) fn with_cube<S: Simd>(simd: S, x: S::F) -> S::F {
-    simd.fma(simd.mul(simd.splat(0.044_715), x), simd.mul(x, x), x)
+pub(super) fn gelu_exponent<S: Simd>(simd: S, x: S::F) -> S::F {
+    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+    let cubic = simd.fma(simd.mul(simd.splat(0.044_715), x), simd.mul(x, x), x);
+    simd.mul(cubic, simd.splat(2.0 * SQRT_2_OVER_PI))
 }
 
 /// Sixteen numbers of a slice from `start`, zeros behind its end.
@@ -76,23 +73,12 @@ impl Norm<'_> {
     /// What the numbers of a row are multiplied with before their weights.
     #[inline(always)]
     pub(super) fn factor<S: Simd>(&self, simd: S, x: &[f32]) -> f32 {
-        // Several at once, so that none waits for the one before.
-        const CHAINS: usize = 4;
-        let mut squares = [simd.splat(0.0); CHAINS];
-        let chunks = x.chunks_exact(CHAINS * LANES);
-        let rest = chunks.remainder();
-        for chunk in chunks {
-            for (chain, squares) in squares.iter_mut().enumerate() {
-                let x = load_part(simd, chunk, chain * LANES);
-                *squares = simd.fma(x, x, *squares);
-            }
+        let mut squares = [simd.splat(0.0); 2];
+        for (index, start) in (0..x.len()).step_by(LANES).enumerate() {
+            let x = load_part(simd, x, start);
+            squares[index % 2] = simd.fma(x, x, squares[index % 2]);
         }
-        for (start, squares) in (0..rest.len()).step_by(LANES).zip(&mut squares) {
-            let x = load_part(simd, rest, start);
-            *squares = simd.fma(x, x, *squares);
-        }
-        let [a, b, c, d] = squares;
-        let square = simd.reduce_add(simd.add(simd.add(a, b), simd.add(c, d)));
+        let square = simd.reduce_add(simd.add(squares[0], squares[1]));
         1.0 / (square / x.len() as f32 + self.epsilon).sqrt()
     }
 }

@@ -486,18 +486,14 @@ impl Layer {
             &halves,
             of_prompts,
         );
-        // Those of prompts are rounded as they are computed.
-        let next = (of_prompts > 0).then_some(&mut *opened);
-        compute.gated(from, (&self.gate, gate), &self.up, fed, next);
-        let fed = if of_prompts > 0 {
+        compute.gated(from, (&self.gate, gate), &self.up, fed, opened);
+        if self.down.is_quantized() {
             let others = fed.len() - of_prompts * config.feed_forward;
             opened.set_but_prompts(compute, &fed[..others], &[&self.down], None);
-            Rows {
-                floats: fed,
-                quantized: opened,
-            }
-        } else {
-            prepared(compute, (fed, None), (normed, opened), &[&self.down], 0)
+        }
+        let fed = Rows {
+            floats: fed,
+            quantized: opened,
         };
         add_product(
             compute,

@@ -362,7 +362,7 @@ impl BlockOf<'_> {
                 };
                 suspicion = simd.fma(x, simd.splat(0.0), suspicion);
             }
-            whole |= u32::from(has_numbers(suspicion)) << token;
+            whole |= u32::from(has_numbers(simd, suspicion)) << token;
         }
         self.write_values(on, whole, to);
         !whole & (u32::MAX >> (BLOCK_TOKENS - there))
@@ -390,14 +390,14 @@ impl BlockOf<'_> {
                 store_pairs(units, pair, tile, line);
             }
         }
-        has_numbers(simd.add(suspicion[0], suspicion[1]))
+        has_numbers(simd, simd.add(suspicion[0], suspicion[1]))
     }
 }
 
 /// Whether all are numbers. (Infinity times zero is none, and neither is anything added to that.)
 #[inline(always)]
-fn has_numbers(x: <Avx512 as Simd>::F) -> bool {
-    // SAFETY: a value of `Avx512` stands for the instruction; who has such a vector has one.
+fn has_numbers(_: Avx512, x: <Avx512 as Simd>::F) -> bool {
+    // SAFETY: that value stands for the instruction.
     unsafe { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x) == 0 }
 }
 

@@ -296,6 +296,52 @@ fn queries_that_are_turned_as_they_are_read_are_those_that_were_turned_before() 
     }
 }
 
+/// A score without end takes all of the weight, or none of it.
+#[test]
+fn scores_without_end_are_not_those_of_neighbours() {
+    let head_dim = 16;
+    let size = padded(head_dim) * BLOCK_TOKENS;
+    let attention = Attention {
+        heads: 1,
+        kv_heads: 1,
+        head_dim,
+        scale: 0.4,
+        window: None,
+    };
+    for endless in [f32::INFINITY, f32::NEG_INFINITY] {
+        let (mut keys, values) = (vec![0.5; 9 * size], vec![1.0; 9 * size]);
+        // Of token 261, the sixth of the second stretch.
+        keys[8 * size + 5] = endless;
+        let cache = of_floats(&keys, &values, head_dim);
+        for (compute, of_prompt) in contexts().flat_map(of_both_kinds) {
+            let run = Run {
+                sequence: 0,
+                first_row: 0,
+                rows: 3,
+                position: 259,
+                of_prompt,
+            };
+            let mut out = vec![0.0; 3 * head_dim];
+            compute.attend(
+                &attention,
+                &cache,
+                &[run],
+                (&vec![1.0; 3 * head_dim], None),
+                &mut out,
+            );
+            let name = compute.dispatch.name();
+            let (before, sees) = out.split_at(2 * head_dim);
+            let is_one = |x: &f32| (x - 1.0).abs() < 1e-5;
+            assert!(before.iter().all(is_one), "{name}: {out:?}");
+            if endless > 0.0 {
+                assert!(sees.iter().all(|x| x.is_nan()), "{name}: {out:?}");
+            } else {
+                assert!(sees.iter().all(is_one), "{name}: {out:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_key_that_is_no_number_is_not_passed_over_where_a_window_shows_no_other_of_its_stretch() {
     let head_dim = 16;

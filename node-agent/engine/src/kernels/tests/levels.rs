@@ -79,7 +79,7 @@ fn gates_norms_and_rotations_are_the_same_at_every_level_to_the_bit() {
                 floats: &x,
                 quantized: &quantized,
             };
-            compute.gated(rows, (&gate, kind), &up, &mut out, None);
+            compute.gated(rows, (&gate, kind), &up, &mut out, &mut QuantizedRows::default());
             out
         });
     }

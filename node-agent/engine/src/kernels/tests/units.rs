@@ -1,5 +1,7 @@
 //! Products of rows of prompts on matrix units. On processors without any there is nothing to compute, and nothing fails.
 
+use super::super::amx::{Units, Work, opened, power_of_two};
+use super::super::x86::Avx512;
 use super::*;
 
 /// A compute context with matrix units, on one and on three threads.
@@ -52,8 +54,8 @@ fn products_of_prompts_equal_plain_arithmetic_in_every_format_and_shape() {
     let mut rng = StdRng::seed_from_u64(20);
     for compute in with_units() {
         for dtype in QUANTIZED {
-            // One panel (256 and 576 columns), panels of sixteen and eight blocks (768), of sixteen (1024), of ten (640). Tiles that
-            // are not full, and one that has no neighbour.
+            // One panel (256 and 576 columns), panels of sixteen and eight blocks (768), of sixteen (1024), of ten (640), and of
+            // ten and nine (608). Tiles that are not full, and one that has no neighbour.
             for (rows, columns) in [
                 (1, 256),
                 (40, 256),
@@ -61,6 +63,7 @@ fn products_of_prompts_equal_plain_arithmetic_in_every_format_and_shape() {
                 (64, 1024),
                 (33, 576),
                 (48, 640),
+                (40, 608),
                 (16, 32),
             ] {
                 if columns % dtype.block_size() != 0 {
@@ -166,7 +169,7 @@ fn matrices_that_are_multiplied_together_give_what_each_gives_alone() {
 fn gates_and_norms_of_prompts_equal_plain_arithmetic() {
     let mut rng = StdRng::seed_from_u64(22);
     for compute in with_units() {
-        let (rows, columns, count) = (40, 256, 35);
+        let (rows, columns, count) = (64, 256, 35);
         let pairs = [GgmlDType::Q4K, GgmlDType::Q6K].map(|dtype| {
             let (bytes, values) = weights(&mut rng, dtype, rows, columns);
             (pack(&compute, dtype, &bytes, [rows, columns]), values)
@@ -182,12 +185,14 @@ fn gates_and_norms_of_prompts_equal_plain_arithmetic() {
         let mut quantized = QuantizedRows::default();
         quantized.set(&compute, &x, &[gate, up], Some(norm), count);
         for kind in [Gate::Silu, Gate::Gelu] {
-            let mut out = vec![f32::NAN; count * rows];
+            let mut next = QuantizedRows::default();
             let from = Rows {
                 floats: &x,
                 quantized: &quantized,
             };
-            compute.gated(from, (gate, kind), up, &mut out, None);
+            compute.gated(from, (gate, kind), up, &mut vec![0.0; count * rows], &mut next);
+            let out = next.as_bf16().to_floats();
+            assert_eq!(out.len(), count * rows);
             let opened = reference(&normed, gate_values, columns);
             let passing = reference(&normed, up_values, columns);
             let (mut errors, mut squares) = (0.0, 0.0);
@@ -209,55 +214,109 @@ fn gates_and_norms_of_prompts_equal_plain_arithmetic() {
     }
 }
 
-/// Rounding what a gate opens is one step with computing it, and gives what two steps give.
+/// What a gate opens is rows for the next product, of prompts and others, and so it is when room is used again.
 #[test]
-fn what_a_gate_opens_meets_the_next_product_rounded() {
+fn what_a_gate_opens_meets_the_next_product() {
     let mut rng = StdRng::seed_from_u64(27);
     for compute in with_units() {
-        let (inner, columns) = (96, 64);
-        let [gate, up, down] = [[inner, columns], [inner, columns], [columns, inner]].map(|shape| {
-            let (bytes, _) = weights(&mut rng, GgmlDType::Q4_1, shape[0], shape[1]);
-            pack(&compute, GgmlDType::Q4_1, &bytes, shape)
-        });
-        // More rows first, so that room with something in it is used again.
-        let mut next = QuantizedRows::default();
-        for (others, of_prompts) in [(0, 70), (5, 33), (0, 16), (3, 1)] {
-            let count = others + of_prompts;
-            let x = numbers(&mut rng, count * columns);
-            let mut quantized = QuantizedRows::default();
-            quantized.set(&compute, &x, &[&gate, &up], None, of_prompts);
-            let from = Rows {
-                floats: &x,
-                quantized: &quantized,
-            };
-            let multiply = |floats: &[f32], quantized: &QuantizedRows| {
+        // One strip and two, whose rows are cut in parts, and six.
+        for inner in [32, 64, 192] {
+            let columns = 64;
+            let [gate, up, down] = [[inner, columns], [inner, columns], [columns, inner]].map(|shape| {
+                let (bytes, _) = weights(&mut rng, GgmlDType::Q4_1, shape[0], shape[1]);
+                pack(&compute, GgmlDType::Q4_1, &bytes, shape)
+            });
+            let mut next = QuantizedRows::default();
+            for (others, of_prompts) in [(0, 170), (5, 33), (7, 0), (3, 150), (0, 1)] {
+                let count = others + of_prompts;
+                let x = numbers(&mut rng, count * columns);
+                let gated = |x: &[f32], of_prompts, floats: &mut [f32], next: &mut QuantizedRows| {
+                    let mut quantized = QuantizedRows::default();
+                    quantized.set(&compute, x, &[&gate, &up], None, of_prompts);
+                    let from = Rows {
+                        floats: x,
+                        quantized: &quantized,
+                    };
+                    compute.gated(from, (&gate, Gate::Silu), &up, floats, next);
+                };
+                let mut floats = vec![f32::NAN; count * inner];
+                gated(&x, of_prompts, &mut floats, &mut next);
+                let (first, last) = floats.split_at(others * inner);
+                assert!(first.iter().all(|x| x.is_finite()) && last.iter().all(|x| x.is_nan()));
+                next.set_but_prompts(&compute, first, &[&down], None);
                 let mut out = vec![f32::NAN; count * columns];
+                let rows = Rows {
+                    floats: &floats,
+                    quantized: &next,
+                };
                 let target = Target {
                     matrix: &down,
                     out: &mut out,
                 };
-                compute.product(Rows { floats, quantized }, &mut [target], Combine::Store);
-                out
-            };
-            for kind in [Gate::Silu, Gate::Gelu] {
-                let mut floats = vec![f32::NAN; count * inner];
-                compute.gated(from, (&gate, kind), &up, &mut floats, None);
-                let mut opened = QuantizedRows::default();
-                opened.set(&compute, &floats, &[&down], None, of_prompts);
-                let expected = multiply(&floats, &opened);
+                compute.product(rows, &mut [target], Combine::Store);
 
-                let mut left = vec![f32::NAN; count * inner];
-                compute.gated(from, (&gate, kind), &up, &mut left, Some(&mut next));
-                let (first, last) = left.split_at(others * inner);
-                assert!(first == &floats[..others * inner] && last.iter().all(|x| x.is_nan()));
-                next.set_but_prompts(&compute, first, &[&down], None);
-                assert!(
-                    multiply(&left, &next) == expected,
-                    "{kind:?}, {others} and {of_prompts}"
-                );
+                // Row by row, and the product of what was rounded already.
+                let mut alone = first.to_vec();
+                for x in x[others * columns..].chunks_exact(columns) {
+                    let mut one = QuantizedRows::default();
+                    gated(x, 1, &mut vec![0.0; inner], &mut one);
+                    alone.extend(one.as_bf16().to_floats());
+                }
+                let mut expected = vec![f32::NAN; count * columns];
+                mixed(&compute, &down, &alone, of_prompts, &mut expected, Combine::Store);
+                assert!(out == expected, "{inner}: {others} and {of_prompts}");
             }
         }
     }
+}
+
+#[test]
+fn powers_of_two_are_near_and_have_their_ends() {
+    struct Powers([f32; 16], bool);
+    impl Work for &mut Powers {
+        #[inline(always)]
+        fn run(self, simd: Avx512, units: Units) {
+            // SAFETY: there are 16 numbers.
+            unsafe {
+                let x = simd.load(self.0.as_ptr());
+                let y = if self.1 {
+                    opened(units, x, x)
+                } else {
+                    power_of_two(units, x)
+                };
+                simd.store(self.0.as_mut_ptr(), y);
+            }
+        }
+    }
+    let Some(units) = Units::here() else { return };
+    let of = |x: f32, gate: bool| {
+        let mut powers = Powers([x; 16], gate);
+        units.run(&mut powers);
+        assert!(powers.0.iter().all(|y| y.to_bits() == powers.0[0].to_bits()));
+        powers.0[0]
+    };
+    assert_eq!(of(0.0, false), 1.0);
+    assert_eq!(of(-3.0, false), 0.125);
+    assert_eq!(of(f32::NEG_INFINITY, false), 0.0);
+    assert_eq!(of(-1e30, false), 0.0);
+    assert_eq!(of(128.0, false), f32::INFINITY);
+    assert_eq!(of(f32::INFINITY, false), f32::INFINITY);
+    assert!(of(f32::NAN, false).is_nan());
+    for i in -12_600..=12_700 {
+        let x = i as f32 / 100.0;
+        let expected = f64::from(x).exp2();
+        let error = (f64::from(of(x, false)) - expected).abs() / expected;
+        assert!(error < 1.0 / 300_000.0, "2^{x}: {error}");
+    }
+    for i in -8000..=8000 {
+        let x = i as f32 / 100.0;
+        let expected = f64::from(x) / (1.0 + f64::from(-x).exp());
+        let error = (f64::from(of(x, true)) - expected).abs();
+        assert!(error <= expected.abs() / 10_000.0, "{x}: {error}");
+    }
+    // Behind what a float holds, a gate is shut, or open.
+    assert!(of(-1000.0, true) == 0.0 && of(1e30, true) > 0.999e30);
+    assert!(of(f32::NAN, true).is_nan());
 }
 
 #[test]
