@@ -6,7 +6,8 @@
 //! the cores that it has, not at that of the slowest.
 //!
 //! Every thread begins with its own share of a job's numbers, all in one row, for what belongs to numbers
-//! that follow each other mostly lies together in memory; who is done helps with the others' shares.
+//! that follow each other mostly lies together in memory; who is done helps with the others' shares, from
+//! their ends.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -35,11 +36,90 @@ struct Job<'a> {
     /// How far each thread's share is done.
     cursors: &'a [Cursor],
     panicked: AtomicBool,
+    /// What each thread reads first in the next job that has much to read.
+    next: Option<&'a Next<'a>>,
 }
 
-/// On a line of its own: threads that count in different shares do not wait for each other.
+/// Says what a thread reads first in a later job.
+pub(super) type Next<'a> = dyn Fn(usize) -> Fetch + Sync + 'a;
+
+/// Memory that a thread asks for while it waits for the next job: between two products the caller alone is at work for a
+/// microsecond or more, and memory would have a rest.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Fetch {
+    /// Addresses, side by side.
+    places: [Option<usize>; 2],
+    /// Bytes of each that nobody has asked for yet.
+    left: usize,
+}
+
+impl Fetch {
+    /// So many bytes in all.
+    pub(super) fn new(places: [Option<usize>; 2], bytes: usize) -> Self {
+        let left = bytes / places.iter().flatten().count().max(1);
+        Self { places, left }
+    }
+
+    /// Asks, until there is something better to do.
+    fn ask(&mut self, stop: impl Fn() -> bool) {
+        /// Lines between two looks.
+        const LINES: usize = 8;
+        while self.left > 0 && !stop() {
+            for _ in 0..LINES {
+                for place in self.places.iter_mut().flatten() {
+                    prefetch(std::ptr::without_provenance(*place));
+                    *place += LINE;
+                }
+            }
+            self.left = self.left.saturating_sub(LINES * LINE);
+        }
+    }
+}
+
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
+
+/// Asks for a line, for the second-level cache. It need not be there.
+#[inline(always)]
+fn prefetch(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction is part of the architecture, and reads nothing that could fail.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: asking for a line does nothing else, wherever it lies.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) line, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = line;
+}
+
+/// How much of a share is taken: by its own thread from the front, by others from the back, where nobody has asked memory for
+/// anything yet. On a line of its own: threads that count in different shares do not wait for each other.
 #[repr(align(128))]
-struct Cursor(AtomicUsize);
+struct Cursor(AtomicU64);
+
+impl Cursor {
+    /// One number from the back.
+    const BACK: u64 = 1 << 32;
+
+    /// The next numbers of a share, `grain` or what is left; None when all are taken.
+    fn take(&self, share: &Range<usize>, grain: usize, from_back: bool) -> Option<Range<usize>> {
+        let step = grain as u64 * if from_back { Self::BACK } else { 1 };
+        let taken = self.0.fetch_add(step, Ordering::Relaxed);
+        let (front, back) = ((taken % Self::BACK) as usize, (taken / Self::BACK) as usize);
+        let left = share.len().checked_sub(front + back).filter(|left| *left > 0)?;
+        let count = grain.min(left);
+        let start = if from_back {
+            share.end - back - count
+        } else {
+            share.start + front
+        };
+        Some(start..start + count)
+    }
+}
 
 impl Job<'_> {
     /// The numbers of a thread's share.
@@ -52,22 +132,16 @@ impl Job<'_> {
         let run = || {
             let threads = self.cursors.len();
             for share in (thread..threads).chain(0..thread) {
-                let (range, cursor) = (self.share(share), &self.cursors[share].0);
-                loop {
-                    let start = range.start + cursor.fetch_add(self.grain, Ordering::Relaxed);
-                    if start >= range.end {
-                        break;
-                    }
-                    for index in start..(start + self.grain).min(range.end) {
-                        (self.work)(index);
-                    }
+                let (range, cursor) = (self.share(share), &self.cursors[share]);
+                while let Some(numbers) = cursor.take(&range, self.grain, share != thread) {
+                    numbers.for_each(self.work);
                 }
             }
         };
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
             // The others stop soon; the caller passes the panic on.
             for cursor in self.cursors {
-                cursor.0.store(self.count, Ordering::Relaxed);
+                cursor.0.store(self.count as u64, Ordering::Relaxed);
             }
             self.panicked.store(true, Ordering::Relaxed);
         }
@@ -110,7 +184,7 @@ impl Pool {
             sleeping: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
         });
-        let cursors = (0..threads.max(1)).map(|_| Cursor(AtomicUsize::new(0))).collect();
+        let cursors = (0..threads.max(1)).map(|_| Cursor(AtomicU64::new(0))).collect();
         let threads = (1..threads)
             .map(|index| {
                 let shared = Arc::clone(&shared);
@@ -139,6 +213,20 @@ impl Pool {
     /// # Panics
     /// When `work` panics.
     pub(crate) fn run(&self, count: usize, grain: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.run_before(count, grain, work, None);
+    }
+
+    /// As [`Self::run`]. `next` says what each thread may ask of memory when all is done, while it waits.
+    ///
+    /// # Panics
+    /// When `work` panics.
+    pub(super) fn run_before(
+        &self,
+        count: usize,
+        grain: usize,
+        work: &(dyn Fn(usize) + Sync),
+        next: Option<&Next<'_>>,
+    ) {
         if self.inner.threads.is_empty() || count <= grain {
             (0..count).for_each(work);
             return;
@@ -153,6 +241,7 @@ impl Pool {
             grain,
             cursors: &cursors,
             panicked: AtomicBool::new(false),
+            next,
         };
         self.inner.publish(&job);
         job.work(0);
@@ -271,6 +360,7 @@ impl Shared {
     /// A thread's life.
     fn serve(&self, thread: usize) {
         let mut seen = self.state.load(Ordering::Acquire) & !(NEXT - 1);
+        let mut fetch = Fetch::default();
         loop {
             let Some(number) = self.next_job(seen) else { return };
             seen = number;
@@ -278,8 +368,13 @@ impl Shared {
                 let job = self.job.load(Ordering::Relaxed).cast::<Job<'static>>();
                 // SAFETY: `publish` wrote the pointer before it opened this job, `enter` has read that
                 // opening, and `close` waits for everybody who entered before the job's owner goes on.
-                unsafe { &*job }.work(thread);
+                let job = unsafe { &*job };
+                job.work(thread);
+                if let Some(next) = job.next {
+                    fetch = next(thread);
+                }
                 self.done.fetch_add(1, Ordering::Release);
+                fetch.ask(|| self.state.load(Ordering::Relaxed) & !(NEXT - 1) != seen);
             }
         }
     }
@@ -369,6 +464,44 @@ mod tests {
                 .for_each(|(i, x)| *x = index * 10 + i);
         });
         assert!(items.iter().enumerate().all(|(i, &x)| i == x));
+    }
+
+    #[test]
+    fn a_share_is_taken_from_both_ends_and_no_number_twice() {
+        let cursor = Cursor(AtomicU64::new(0));
+        let share = 10..21;
+        let take = |grain, from_back| cursor.take(&share, grain, from_back);
+        assert_eq!(take(2, false), Some(10..12));
+        assert_eq!(take(3, true), Some(18..21));
+        assert_eq!(take(4, false), Some(12..16));
+        assert_eq!(take(4, true), Some(16..18));
+        assert_eq!((take(1, false), take(1, true), take(9, true)), (None, None, None));
+        let cursor = Cursor(AtomicU64::new(0));
+        assert_eq!(cursor.take(&share, 64, true), Some(10..21));
+        assert_eq!(cursor.take(&(5..5), 1, false), None);
+    }
+
+    #[test]
+    fn threads_ask_for_what_they_read_next() {
+        let pool = Pool::new(3).unwrap();
+        let asked: Vec<AtomicUsize> = (0..3).map(|_| AtomicUsize::new(0)).collect();
+        // Addresses at which nothing is: to ask for them is all that is done.
+        let next = |thread: usize| {
+            asked[thread].fetch_add(1, Ordering::Relaxed);
+            Fetch::new([Some(64 * thread), None], 1 << 20)
+        };
+        let mut jobs = 0;
+        while asked[1..].iter().any(|count| count.load(Ordering::Relaxed) == 0) {
+            let hits = AtomicUsize::new(0);
+            let work = |_| {
+                hits.fetch_add(1, Ordering::Relaxed);
+                std::thread::yield_now();
+            };
+            pool.run_before(50, 1, &work, Some(&next));
+            assert_eq!(hits.load(Ordering::Relaxed), 50);
+            jobs += 1;
+            assert!(jobs < 100_000, "a thread takes part in no job");
+        }
     }
 
     #[test]

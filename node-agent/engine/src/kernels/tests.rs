@@ -500,3 +500,25 @@ fn heads_turn_in_both_ways_of_pairing() {
         }
     }
 }
+
+#[test]
+fn a_thread_begins_where_its_share_of_the_next_product_lies() {
+    let mut rng = StdRng::seed_from_u64(30);
+    let compute = contexts().next().unwrap();
+    let [before, first, second] = [[16, 64], [48, 64], [32, 64]].map(|shape| {
+        let (bytes, _) = weights(&mut rng, GgmlDType::Q4_1, shape[0], shape[1]);
+        pack(&compute, GgmlDType::Q4_1, &bytes, shape)
+    });
+    let at = |matrix: &Matrix, tile: usize| Some(matrix.tile(tile).as_ptr().addr());
+    assert!(before.next().is_none());
+    before.is_followed_by(&[&first, &second], false);
+    // Five tiles on two threads: the first two, the other three.
+    let next = before.next().unwrap();
+    assert_eq!(next.share(0, 2), [at(&first, 0), None]);
+    assert_eq!(next.share(1, 2), [at(&first, 2), None]);
+    assert_eq!(next.share(3, 4), [at(&second, 0), None]);
+    first.is_followed_by(&[&second, &before], true);
+    let next = first.next().unwrap();
+    assert_eq!(next.share(0, 2), [at(&second, 0), at(&before, 0)]);
+    assert_eq!(next.share(1, 2)[0], at(&second, 1));
+}

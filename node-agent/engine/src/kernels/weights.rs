@@ -6,6 +6,8 @@
 //! columns of the activations. Numbers of 2 and 3 bits lie four in a byte in the same manner. Bits above
 //! the second or fourth follow, of four or eight quads in a byte. So a tile is about as large as the file's rows.
 
+use std::sync::OnceLock;
+
 use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
 
@@ -170,6 +172,43 @@ pub(crate) struct Matrix {
     /// Bytes.
     ahead: usize,
     data: Piece,
+    next: OnceLock<Reading>,
+}
+
+/// The weights of one product, as threads share them.
+#[derive(Debug)]
+pub(super) struct Reading {
+    /// One at least.
+    matrices: Vec<Tiles>,
+    /// Whether a tile of each of two is read in turn; otherwise one matrix is read after the other.
+    in_turn: bool,
+}
+
+/// Tiles of a matrix: where they lie, the bytes of each, and how many there are.
+#[derive(Clone, Copy, Debug)]
+struct Tiles {
+    address: usize,
+    bytes: usize,
+    count: usize,
+}
+
+impl Reading {
+    /// Addresses at which a thread begins to read, one or two: its share is what [`Pool::run`](super::pool::Pool::run) gives it.
+    pub(super) fn share(&self, thread: usize, threads: usize) -> [Option<usize>; 2] {
+        if let (true, &[first, second]) = (self.in_turn, self.matrices.as_slice()) {
+            return [first, second]
+                .map(|tiles| Some(tiles.address + tiles.count * thread / threads * tiles.bytes));
+        }
+        let all: usize = self.matrices.iter().map(|tiles| tiles.count).sum();
+        let mut tile = all * thread / threads;
+        for tiles in &self.matrices {
+            if tile < tiles.count {
+                return [Some(tiles.address + tile * tiles.bytes), None];
+            }
+            tile -= tiles.count;
+        }
+        [None; 2]
+    }
 }
 
 impl std::fmt::Debug for Matrix {
@@ -278,7 +317,24 @@ impl Matrix {
             tile_bytes,
             ahead: (share / 8).clamp(LEAST_REACH, compute.dispatch.reach()),
             data,
+            next: OnceLock::new(),
         })
+    }
+
+    /// Says what is multiplied next after a product with this matrix, for which it stands as the last: threads without work ask
+    /// memory for it. Said once.
+    pub(crate) fn is_followed_by(&self, matrices: &[&Self], in_turn: bool) {
+        let tiles = |matrix: &&Self| Tiles {
+            address: matrix.data.as_ptr().addr(),
+            bytes: matrix.tile_bytes,
+            count: matrix.tiles(),
+        };
+        let matrices = matrices.iter().map(tiles).collect();
+        let _ = self.next.set(Reading { matrices, in_turn });
+    }
+
+    pub(super) fn next(&self) -> Option<&Reading> {
+        self.next.get()
     }
 
     pub(crate) fn rows(&self) -> usize {

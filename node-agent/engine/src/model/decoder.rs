@@ -125,6 +125,7 @@ impl Decoder {
             layers.push(Layer::load(&source, &config, index)?);
             progress(index + 1, config.layers);
         }
+        link(&layers, &output);
         let norm = source.norm("output_norm.weight", hidden, config.norm_epsilon)?;
         // Who has floats, or asks for them, wants no attention with 8 significant bits either.
         let compute = if layers.iter().flat_map(Layer::matrices).all(Matrix::is_quantized) {
@@ -229,6 +230,24 @@ impl Decoder {
     /// What the latest step gave.
     pub(crate) fn logits(&mut self) -> &mut [f32] {
         &mut self.scratch.logits
+    }
+}
+
+/// Says what is multiplied after what: each product's last matrix knows the next product's.
+fn link(layers: &[Layer], output: &Matrix) {
+    for (index, layer) in layers.iter().enumerate() {
+        layer.value.is_followed_by(&[&layer.output], false);
+        layer.output.is_followed_by(&[&layer.up, &layer.gate], true);
+        layer.up.is_followed_by(&[&layer.down], false);
+        match layers.get(index + 1) {
+            Some(next) => layer
+                .down
+                .is_followed_by(&[&next.query, &next.key, &next.value], false),
+            None => layer.down.is_followed_by(&[output], false),
+        }
+    }
+    if let Some(first) = layers.first() {
+        output.is_followed_by(&[&first.query, &first.key, &first.value], false);
     }
 }
 
