@@ -330,8 +330,7 @@ impl<const HAS: u8> Simd for Neon<HAS> {
     }
     #[inline(always)]
     fn prefetch(self, from: *const u8) {
-        // SAFETY: asking for a line does nothing else, wherever it lies.
-        unsafe { asm!("prfm pldl2keep, [{0}]", in(reg) from, options(nostack, preserves_flags, readonly)) }
+        super::lines::prefetch(from);
     }
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> Self::B {

@@ -5,6 +5,27 @@ use std::ops::{Deref, DerefMut};
 
 use super::simd::LANES;
 
+/// Bytes of a line of the cache.
+pub(super) const LINE: usize = 64;
+
+/// Asks for a line, for the second-level cache. It need not be there.
+#[inline(always)]
+pub(super) fn prefetch(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction is part of the architecture; it reads nothing that could fail.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(line.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: asking for a line does nothing else, wherever it lies.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) line, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = line;
+}
+
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([f32; LANES]);

@@ -6,14 +6,15 @@
 //! the cores that it has, not at that of the slowest.
 //!
 //! Every thread begins with its own share of a job's numbers, all in one row, for what belongs to numbers
-//! that follow each other mostly lies together in memory; who is done helps with the others' shares, from
-//! their ends.
+//! that follow each other mostly lies together in memory; who is done helps with the others' shares.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use super::lines::{LINE, prefetch};
 
 /// How long a thread looks for the next job before it sleeps: longer than the pauses inside a step (a few
 /// microseconds) and between two steps (sampling, tens), shorter than anybody would see in a bill.
@@ -76,28 +77,8 @@ impl Fetch {
     }
 }
 
-/// Bytes of a line of the cache.
-const LINE: usize = 64;
-
-/// Asks for a line, for the second-level cache. It need not be there.
-#[inline(always)]
-fn prefetch(line: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the instruction is part of the architecture, and reads nothing that could fail.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast());
-    }
-    #[cfg(target_arch = "aarch64")]
-    // SAFETY: asking for a line does nothing else, wherever it lies.
-    unsafe {
-        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) line, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let _ = line;
-}
-
-/// How much of a share is taken: by its own thread from the front, by others from the back, where nobody has asked memory for
-/// anything yet. On a line of its own: threads that count in different shares do not wait for each other.
+/// How much of a share is taken: by its own thread from the front, by others from either end. All that is ever taken of a share,
+/// overshoot included, must stay below 2^32. On a line of its own: threads that count in different shares do not wait for each other.
 #[repr(align(128))]
 struct Cursor(AtomicU64);
 
@@ -121,30 +102,36 @@ impl Cursor {
     }
 }
 
-impl Job<'_> {
-    /// The numbers of a thread's share.
-    fn share(&self, thread: usize) -> Range<usize> {
-        let threads = self.cursors.len();
-        self.count * thread / threads..self.count * (thread + 1) / threads
-    }
+/// The first number of a thread's share of so many; of the thread behind the last it is their count.
+pub(super) fn share_start(count: usize, thread: usize, threads: usize) -> usize {
+    count * thread / threads
+}
 
-    fn work(&self, thread: usize) {
+impl Job<'_> {
+    /// Works until nothing is left, and says what the thread may ask for then.
+    fn work(&self, thread: usize) -> Option<Fetch> {
         let run = || {
             let threads = self.cursors.len();
             for share in (thread..threads).chain(0..thread) {
-                let (range, cursor) = (self.share(share), &self.cursors[share]);
-                while let Some(numbers) = cursor.take(&range, self.grain, share != thread) {
+                let range =
+                    share_start(self.count, share, threads)..share_start(self.count, share + 1, threads);
+                let cursor = &self.cursors[share];
+                // Who reads straight ahead has asked for what follows: helpers take what lies farthest from there.
+                let from_back = share != thread && self.next.is_some();
+                while let Some(numbers) = cursor.take(&range, self.grain, from_back) {
                     numbers.for_each(self.work);
                 }
             }
+            self.next.map(|next| next(thread))
         };
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|_| {
             // The others stop soon; the caller passes the panic on.
             for cursor in self.cursors {
                 cursor.0.store(self.count as u64, Ordering::Relaxed);
             }
             self.panicked.store(true, Ordering::Relaxed);
-        }
+            None
+        })
     }
 }
 
@@ -216,10 +203,11 @@ impl Pool {
         self.run_before(count, grain, work, None);
     }
 
-    /// As [`Self::run`]. `next` says what each thread may ask of memory when all is done, while it waits.
+    /// As [`Self::run`], for work that reads straight ahead from number to number. `next` says what each thread but the caller's
+    /// asks of memory when it finds no work any more, until the next job.
     ///
     /// # Panics
-    /// When `work` panics.
+    /// When `work` or `next` panics, or `count` and what threads may take beyond it reach 2^32.
     pub(super) fn run_before(
         &self,
         count: usize,
@@ -231,6 +219,7 @@ impl Pool {
             (0..count).for_each(work);
             return;
         }
+        assert!(grain.saturating_mul(self.threads() + 1).saturating_add(count) < 1 << 32);
         let cursors = self.inner.cursors.lock().unwrap_or_else(PoisonError::into_inner);
         for cursor in cursors.iter() {
             cursor.0.store(0, Ordering::Relaxed);
@@ -369,11 +358,9 @@ impl Shared {
                 // SAFETY: `publish` wrote the pointer before it opened this job, `enter` has read that
                 // opening, and `close` waits for everybody who entered before the job's owner goes on.
                 let job = unsafe { &*job };
-                job.work(thread);
-                if let Some(next) = job.next {
-                    fetch = next(thread);
-                }
+                fetch = job.work(thread).unwrap_or(fetch);
                 self.done.fetch_add(1, Ordering::Release);
+                // Goes on after jobs that say nothing of it, such as attention between two products.
                 fetch.ask(|| self.state.load(Ordering::Relaxed) & !(NEXT - 1) != seen);
             }
         }
@@ -482,16 +469,40 @@ mod tests {
     }
 
     #[test]
-    fn threads_ask_for_what_they_read_next() {
-        let pool = Pool::new(3).unwrap();
-        let asked: Vec<AtomicUsize> = (0..3).map(|_| AtomicUsize::new(0)).collect();
+    fn what_is_asked_for_goes_on_where_it_was_left() {
         // Addresses at which nothing is: to ask for them is all that is done.
+        let mut fetch = Fetch::new([Some(0), Some(1 << 16)], 4096);
+        let looks = std::cell::Cell::new(0);
+        fetch.ask(|| {
+            looks.set(looks.get() + 1);
+            looks.get() == 3
+        });
+        assert_eq!(
+            (fetch.places, fetch.left),
+            ([Some(1024), Some((1 << 16) + 1024)], 1024)
+        );
+        fetch.ask(|| true);
+        assert_eq!(fetch.left, 1024);
+        fetch.ask(|| false);
+        assert_eq!(
+            (fetch.places, fetch.left),
+            ([Some(2048), Some((1 << 16) + 2048)], 0)
+        );
+        let mut nothing = Fetch::new([None; 2], 4096);
+        nothing.ask(|| false);
+        assert_eq!(nothing.places, [None; 2]);
+    }
+
+    #[test]
+    fn who_helps_is_told_what_to_ask_for_and_the_caller_is_too() {
+        let pool = Pool::new(3).unwrap();
+        let told: Vec<AtomicUsize> = (0..3).map(|_| AtomicUsize::new(0)).collect();
         let next = |thread: usize| {
-            asked[thread].fetch_add(1, Ordering::Relaxed);
-            Fetch::new([Some(64 * thread), None], 1 << 20)
+            told[thread].fetch_add(1, Ordering::Relaxed);
+            Fetch::new([Some(64 * thread), None], 1 << 12)
         };
-        let mut jobs = 0;
-        while asked[1..].iter().any(|count| count.load(Ordering::Relaxed) == 0) {
+        let started = Instant::now();
+        while told.iter().any(|count| count.load(Ordering::Relaxed) == 0) {
             let hits = AtomicUsize::new(0);
             let work = |_| {
                 hits.fetch_add(1, Ordering::Relaxed);
@@ -499,9 +510,12 @@ mod tests {
             };
             pool.run_before(50, 1, &work, Some(&next));
             assert_eq!(hits.load(Ordering::Relaxed), 50);
-            jobs += 1;
-            assert!(jobs < 100_000, "a thread takes part in no job");
+            assert!(started.elapsed() < Duration::from_secs(60), "{told:?}");
         }
+        let panics = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            pool.run_before(50, 1, &|_| (), Some(&|_| panic!("of what comes next")));
+        }));
+        assert!(panics.is_err());
     }
 
     #[test]

@@ -163,7 +163,9 @@ impl Compute {
 
     /// What each thread asks of memory while it waits for the next product.
     fn fetches<'a>(&self, reading: &'a Reading) -> impl Fn(usize) -> Fetch + Sync + 'a {
-        let (threads, bytes) = (self.pool.threads(), self.dispatch.reach());
+        let threads = self.pool.threads();
+        // Not more than it reads.
+        let bytes = self.dispatch.reach().min(reading.bytes() / threads);
         move |thread| Fetch::new(reading.share(thread, threads), bytes)
     }
 
@@ -196,8 +198,8 @@ impl Compute {
     }
 }
 
-/// Pieces that a thread takes at once: few enough that all are done at nearly the same time. (A tile of a small model's is a fifth of
-/// a microsecond's work.)
+/// Pieces that a thread takes at once: few enough that nobody waits long for the last. (Sixty-four of a vocabulary's matrix were
+/// 1.2 MB, 40 microseconds' work.)
 fn grain(units: usize, threads: usize) -> usize {
     (units / (threads * 96)).clamp(1, 16)
 }

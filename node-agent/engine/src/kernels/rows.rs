@@ -217,6 +217,7 @@ impl QuantizedRows {
         norm: Option<Norm<'_>>,
         of_prompts: usize,
     ) {
+        #[cfg(target_arch = "x86_64")]
         let columns = matrices[0].columns();
         #[cfg(target_arch = "x86_64")]
         let x = match compute.dispatch.units() {

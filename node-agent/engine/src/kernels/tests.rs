@@ -521,4 +521,5 @@ fn a_thread_begins_where_its_share_of_the_next_product_lies() {
     let next = first.next().unwrap();
     assert_eq!(next.share(0, 2), [at(&second, 0), at(&before, 0)]);
     assert_eq!(next.share(1, 2)[0], at(&second, 1));
+    assert_eq!(next.bytes(), 3 * second.tile(0).len());
 }

@@ -3,14 +3,12 @@
 use std::marker::PhantomData;
 
 use super::floats::{BrainFloat, HalfPrecision, SinglePrecision, float_group};
+use super::lines::LINE;
 use super::panel;
 use super::product::{Products, Rows};
 use super::rows::{BLOCK, GROUP, Group, GroupView};
 use super::simd::{LANES, Simd};
 use super::weights::{Format, Layout, Matrix, SIX_BIT_WORDS, six_bits_at, with_layout};
-
-/// Bytes of a line of the cache.
-const LINE: usize = 64;
 
 /// Writes the products of all rows of a piece, which has full groups only if there are `MANY`.
 #[inline(always)]

@@ -13,7 +13,7 @@ use half::{bf16, f16};
 
 use super::Compute;
 use super::memory::{Memory, Piece};
-use super::pool::SharedMut;
+use super::pool::{SharedMut, share_start};
 use super::rows::{BLOCK, Corrections};
 use super::simd::LANES;
 use super::unpack::{Unpacked, unpack};
@@ -193,14 +193,15 @@ struct Tiles {
 }
 
 impl Reading {
-    /// Addresses at which a thread begins to read, one or two: its share is what [`Pool::run`](super::pool::Pool::run) gives it.
+    /// Addresses at which a thread begins to read, one or two, where few rows are multiplied: its share of the tiles is what
+    /// [`Pool::run`](super::pool::Pool::run) gives it.
     pub(super) fn share(&self, thread: usize, threads: usize) -> [Option<usize>; 2] {
         if let (true, &[first, second]) = (self.in_turn, self.matrices.as_slice()) {
             return [first, second]
-                .map(|tiles| Some(tiles.address + tiles.count * thread / threads * tiles.bytes));
+                .map(|tiles| Some(tiles.address + share_start(tiles.count, thread, threads) * tiles.bytes));
         }
         let all: usize = self.matrices.iter().map(|tiles| tiles.count).sum();
-        let mut tile = all * thread / threads;
+        let mut tile = share_start(all, thread, threads);
         for tiles in &self.matrices {
             if tile < tiles.count {
                 return [Some(tiles.address + tile * tiles.bytes), None];
@@ -208,6 +209,11 @@ impl Reading {
             tile -= tiles.count;
         }
         [None; 2]
+    }
+
+    /// Bytes of all.
+    pub(super) fn bytes(&self) -> usize {
+        self.matrices.iter().map(|tiles| tiles.count * tiles.bytes).sum()
     }
 }
 
@@ -322,7 +328,10 @@ impl Matrix {
     }
 
     /// Says what is multiplied next after a product with this matrix, for which it stands as the last: threads without work ask
-    /// memory for it. Said once.
+    /// memory for it.
+    ///
+    /// # Panics
+    /// When it was said before.
     pub(crate) fn is_followed_by(&self, matrices: &[&Self], in_turn: bool) {
         let tiles = |matrix: &&Self| Tiles {
             address: matrix.data.as_ptr().addr(),
@@ -330,7 +339,8 @@ impl Matrix {
             count: matrix.tiles(),
         };
         let matrices = matrices.iter().map(tiles).collect();
-        let _ = self.next.set(Reading { matrices, in_turn });
+        let first = self.next.set(Reading { matrices, in_turn });
+        assert!(first.is_ok(), "a matrix is followed by two products");
     }
 
     pub(super) fn next(&self) -> Option<&Reading> {
