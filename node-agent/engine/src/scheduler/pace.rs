@@ -24,8 +24,9 @@ const MOST_ROWS: usize = 512;
 const ALONE_SECONDS: f64 = 0.25;
 /// What a chunk may add to a step of answers, unless the fewest rows take longer: readers see a pause.
 const PAUSE_SECONDS: f64 = 0.04;
-/// What a step of answers earns for the prompts, of its own time. Below 1: measurements lag behind.
-const SHARE: f64 = 0.7;
+/// What a step of answers earns for the prompts, of its own time. Below 1: measurements lag behind, and answers are slower for a while
+/// after a chunk (caches, clock). With 0.7 a stream kept 0.496 of its pace where matrix units read the prompt.
+const SHARE: f64 = 0.6;
 
 /// What steps cost, and what prompts have earned.
 #[derive(Debug)]
@@ -170,7 +171,8 @@ mod tests {
     fn answers_keep_half_their_pace_and_prompts_come_in_chunks() {
         for (row, chunk) in [(0.05, 64), (0.5, 64), (2.0, 20), (20.0, 8)] {
             let (chunks, share) = beside_a_prompt(row);
-            assert!((0.5..0.7).contains(&share), "{row} ms a row: {share}");
+            // A chunk of 3.2 ms takes two steps to earn, at 3 ms each: 10 of 14.
+            assert!((0.5..0.715).contains(&share), "{row} ms a row: {share}");
             assert!(
                 chunks.iter().all(|&rows| rows == chunk),
                 "{row} ms a row: {chunks:?}"
