@@ -24,8 +24,8 @@ const MOST_ROWS: usize = 512;
 const ALONE_SECONDS: f64 = 0.25;
 /// What a chunk may add to a step of answers, unless the fewest rows take longer: readers see a pause.
 const PAUSE_SECONDS: f64 = 0.04;
-/// What a step of answers earns for the prompts, of its own time. Below 1: measurements lag behind, and answers are slower for a while
-/// after a chunk (caches, clock). With 0.7 a stream kept 0.496 of its pace where matrix units read the prompt.
+/// What a step of answers earns for the prompts, of its own time. Below 1: measurements lag behind. With 0.7, which by itself
+/// leaves answers 0.59 of their pace, a stream kept 0.496 where matrix units read the prompt; what took the rest was not looked into.
 const SHARE: f64 = 0.6;
 
 /// What steps cost, and what prompts have earned.
