@@ -8,11 +8,13 @@
 //! In a block, keys lie transposed, `[head_dim, 32]`: 32 scores come out of as many additions as there are
 //! dimensions, and nothing is summed across lanes. Values lie `[32, padded head_dim]`.
 
+mod pieces;
 #[cfg(target_arch = "x86_64")]
 mod units;
 
 use std::cell::RefCell;
 
+use self::pieces::{Join, Piece, Pieces, Results};
 pub(crate) use super::block::Numbers;
 use super::block::{Block, Lie, partial_numbers, queries_at_once, widen};
 use super::lines::Lines;
@@ -27,10 +29,6 @@ pub(crate) const BLOCK_TOKENS: usize = 32;
 pub(crate) const SCALE_DIMS: usize = 32;
 /// Tokens of a stretch: what one thread reads of a long context before another can help.
 const STRETCH_TOKENS: usize = 256;
-/// Rows of one sequence in a piece of work.
-const ROWS_PER_PIECE: usize = 16;
-/// The same for matrix units: keys and values are made ready for all of them.
-const ROWS_PER_PIECE_OF_UNITS: usize = 32;
 /// Queries that share each read of keys and values at most.
 pub(super) const QUERIES: usize = 8;
 
@@ -69,24 +67,6 @@ pub(crate) struct Run {
     pub(crate) of_prompt: bool,
 }
 
-#[derive(Clone, Copy)]
-struct Piece {
-    run: Run,
-    kv_head: usize,
-    /// First and last stretch.
-    stretches: (usize, usize),
-    /// Where its results begin among those of pieces that are joined later, in queries.
-    partial: Option<usize>,
-}
-
-impl Piece {
-    /// The first block that its rows see.
-    fn first_block(&self, attention: &Attention) -> usize {
-        let begin = self.stretches.0 * STRETCH_TOKENS;
-        begin.max(attention.first_position(self.run.position)) / BLOCK_TOKENS
-    }
-}
-
 impl Attention {
     fn group(&self) -> usize {
         self.heads / self.kv_heads
@@ -122,61 +102,28 @@ impl Compute {
     ) {
         assert_eq!(queries.len(), out.len());
         let width = attention.heads * attention.head_dim;
-        let (group, numbers) = (attention.group(), partial_numbers(attention.head_dim));
-        let mut pieces = Vec::new();
-        let mut partials = 0;
         for run in runs {
             assert!((run.first_row + run.rows) * width <= out.len());
-            // The last see most and come first, so that no thread begins with the largest when others are done.
-            let on_units = run.of_prompt && self.units_read_prompts();
-            let most = if on_units {
-                ROWS_PER_PIECE_OF_UNITS
-            } else {
-                ROWS_PER_PIECE
-            };
-            for start in (0..run.rows).step_by(most).rev() {
-                let part = Run {
-                    first_row: run.first_row + start,
-                    rows: most.min(run.rows - start),
-                    position: run.position + start,
-                    ..*run
-                };
-                let (first, last) = attention.stretches(&part);
-                for kv_head in 0..attention.kv_heads {
-                    // Many rows keep all threads busy; a single one is cut along the context, unless units do it.
-                    if part.rows > 1 || first == last || on_units {
-                        pieces.push(Piece {
-                            run: part,
-                            kv_head,
-                            stretches: (first, last),
-                            partial: None,
-                        });
-                        continue;
-                    }
-                    for stretch in first..=last {
-                        pieces.push(Piece {
-                            run: part,
-                            kv_head,
-                            stretches: (stretch, stretch),
-                            partial: Some(partials),
-                        });
-                        partials += group;
-                    }
-                }
-            }
         }
-        let mut partial = vec![0.0_f32; partials * numbers];
-        let (partial_out, shared_out) = (SharedMut::new(&mut partial), SharedMut::new(out));
-        self.pool.run(pieces.len(), 1, &|index| {
+        let pieces = Pieces::new(attention, runs, self.pool.threads(), self.units_read_prompts());
+        // Taken and put back, so that a panic leaves no room, and not one that is borrowed for ever.
+        let mut parts = PARTS.take();
+        parts.set_length(pieces.parts * partial_numbers(attention.head_dim));
+        let results = Results {
+            attention,
+            pieces: &pieces,
+            parts: SharedMut::new(&mut parts),
+            out: SharedMut::new(out),
+        };
+        self.pool.run(pieces.pieces.len(), 1, &|index| {
             let stretch = Stretch {
                 attention,
                 cache,
                 queries,
                 turn,
-                piece: pieces[index],
-                after: pieces.get(index + 1).copied(),
-                out: shared_out,
-                partials: partial_out,
+                piece: pieces.pieces[index],
+                next: pieces.pieces.get(index + 1).copied(),
+                results,
             };
             #[cfg(target_arch = "x86_64")]
             if let (true, Some(units)) = (stretch.piece.run.of_prompt, self.dispatch.units()) {
@@ -185,100 +132,8 @@ impl Compute {
             }
             self.dispatch.run(stretch);
         });
-        let mut index = 0;
-        while let Some(piece) = pieces.get(index) {
-            let Some(first) = piece.partial else {
-                index += 1;
-                continue;
-            };
-            let (begin, end) = attention.stretches(&piece.run);
-            let count = end - begin + 1;
-            let mut total = partial[first * numbers..(first + group) * numbers].to_vec();
-            for stretch in 1..count {
-                let start = (first + stretch * group) * numbers;
-                self.dispatch.run(Join {
-                    total: &mut total,
-                    next: &partial[start..start + group * numbers],
-                    numbers,
-                });
-            }
-            for (query, total) in total.chunks_exact(numbers).enumerate() {
-                let head = piece.kv_head * group + query;
-                let start = piece.run.first_row * width + head * attention.head_dim;
-                finish(total, &mut out[start..start + attention.head_dim]);
-            }
-            index += count;
-        }
+        PARTS.replace(parts);
     }
-}
-
-/// The sums of values over the sum of weights.
-fn finish(total: &[f32], out: &mut [f32]) {
-    let weights = &total[total.len() - 2 * LANES..total.len() - LANES];
-    let inverse = 1.0 / weights.iter().sum::<f32>();
-    for (out, x) in out.iter_mut().zip(total) {
-        *out = x * inverse;
-    }
-}
-
-/// Joins partial results of the same queries: the later stretch to the earlier ones.
-struct Join<'a> {
-    total: &'a mut [f32],
-    next: &'a [f32],
-    numbers: usize,
-}
-
-impl Operation for Join<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let pairs = self
-            .total
-            .chunks_exact_mut(self.numbers)
-            .zip(self.next.chunks_exact(self.numbers));
-        for (total, next) in pairs {
-            if shows_nothing(next) {
-                continue;
-            }
-            if shows_nothing(total) {
-                total.copy_from_slice(next);
-                continue;
-            }
-            let reference = self.numbers - LANES;
-            let most = total[reference].max(next[reference]);
-            let (a, b) = (
-                shrink(simd, total[reference], most),
-                shrink(simd, next[reference], most),
-            );
-            for start in (0..reference).step_by(LANES) {
-                // SAFETY: both hold `reference` numbers, a multiple of 16, and 16 more.
-                unsafe {
-                    let place = total.as_mut_ptr().add(start);
-                    let sum = simd.mul(simd.load(place), simd.splat(a));
-                    let sum = simd.fma(simd.load(next.as_ptr().add(start)), simd.splat(b), sum);
-                    simd.store(place, sum);
-                }
-            }
-            total[reference] = most;
-        }
-    }
-}
-
-/// Whether a window shows nothing of the stretch whose results these are. Where scores are no numbers, the sums of weights
-/// are none either, which stays so.
-fn shows_nothing(numbers: &[f32]) -> bool {
-    let reference = numbers.len() - LANES;
-    numbers[reference] == f32::NEG_INFINITY && numbers[reference - LANES] == 0.0
-}
-
-/// e^(from - to).
-#[inline(always)]
-fn shrink<S: Simd>(simd: S, from: f32, to: f32) -> f32 {
-    let mut lanes = [0.0; LANES];
-    // SAFETY: `lanes` has 16 places.
-    unsafe { simd.store(lanes.as_mut_ptr(), exp(simd, simd.splat(from - to))) }
-    lanes[0]
 }
 
 /// What a thread keeps from one piece to the next: room whose numbers are written before they are read.
@@ -293,6 +148,8 @@ struct Room {
 
 thread_local! {
     static ROOM: RefCell<Room> = RefCell::default();
+    /// What is found of rows whose context several pieces share.
+    static PARTS: RefCell<Lines> = RefCell::default();
 }
 
 /// One piece of work.
@@ -303,9 +160,8 @@ struct Stretch<'a> {
     turn: Option<&'a Turn<'a>>,
     piece: Piece,
     /// What this thread will most likely work on next.
-    after: Option<Piece>,
-    out: SharedMut<f32>,
-    partials: SharedMut<f32>,
+    next: Option<Piece>,
+    results: Results<'a>,
 }
 
 impl Operation for Stretch<'_> {
@@ -334,13 +190,19 @@ impl Operation for Stretch<'_> {
         total.set_length(count * numbers);
         part.set_length(if first < last { count * numbers } else { 0 });
         for stretch in first..=last {
-            let to: &mut [f32] = if stretch == first { total } else { part };
+            let to: &mut [f32] = if stretch == first || self.piece.is_part() {
+                total
+            } else {
+                part
+            };
             to.chunks_exact_mut(numbers).for_each(|numbers| {
                 numbers.fill(0.0);
                 numbers[padded + LANES] = f32::NEG_INFINITY;
             });
             self.stretch(simd, stretch, queries, to, wide);
-            if stretch != first {
+            if self.piece.is_part() {
+                self.results.keep(&self.piece, stretch, total);
+            } else if stretch != first {
                 Join {
                     total,
                     next: part,
@@ -349,13 +211,7 @@ impl Operation for Stretch<'_> {
                 .run(simd);
             }
         }
-        if let Some(first) = self.piece.partial {
-            // SAFETY: the queries of each piece have places of their own.
-            unsafe { self.partials.slice(first * numbers..(first + count) * numbers) }.copy_from_slice(total);
-            ROOM.replace(room);
-            return;
-        }
-        self.write(total);
+        self.results.finish(simd, &self.piece, total);
         ROOM.replace(room);
     }
 }
@@ -380,16 +236,18 @@ impl Stretch<'_> {
         }
     }
 
-    /// Writes the results of all queries.
-    fn write(&self, total: &[f32]) {
-        let (attention, run) = (self.attention, self.piece.run);
-        let (dim, group) = (attention.head_dim, attention.group());
-        for (index, total) in total.chunks_exact(partial_numbers(dim)).enumerate() {
-            let (row, head) = (index / group, self.piece.kv_head * group + index % group);
-            let start = ((run.first_row + row) * attention.heads + head) * dim;
-            // SAFETY: this row and head belong to this piece alone; the lengths were asserted.
-            finish(total, unsafe { self.out.slice(start..start + dim) });
-        }
+    /// Where the keys and values lie that this thread will most likely read after those of a block.
+    #[inline(always)]
+    fn after(&self, block: usize) -> Option<[*const u8; 2]> {
+        let run = self.piece.run;
+        let (sequence, block, kv_head) = if (block + 1) * BLOCK_TOKENS < run.position + run.rows {
+            (run.sequence, block + 1, self.piece.kv_head)
+        } else {
+            let next = self.next?;
+            (next.run.sequence, next.first_block(self.attention), next.kv_head)
+        };
+        let (keys, values) = self.cache.block(sequence, block, kv_head);
+        Some([keys.start(), values.start()])
     }
 
     /// Adds a stretch's blocks to the partial results of all queries.
@@ -430,16 +288,7 @@ impl Stretch<'_> {
                 }
                 other => other,
             };
-            let next = if start + BLOCK_TOKENS < run.position + run.rows {
-                Some((run.sequence, block + 1, self.piece.kv_head))
-            } else {
-                let after = self.after;
-                after.map(|after| (after.run.sequence, after.first_block(attention), after.kv_head))
-            };
-            let next = next.filter(|_| few).map(|(sequence, block, kv_head)| {
-                let (keys, values) = self.cache.block(sequence, block, kv_head);
-                [keys.start(), values.start()]
-            });
+            let next = self.after(block);
             let mut first = 0;
             while first < run.rows * group {
                 let left = run.rows * group - first;

@@ -103,7 +103,7 @@ impl Numbers<'_> {
     }
 
     /// Bytes of a number.
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         match self {
             Self::F16(_) => 2,
             Self::F32(_) => 4,

@@ -12,6 +12,7 @@ use std::f32::consts::{LN_2, LOG2_E};
 use super::super::amx::{
     HalfTile, TILE_FLOATS, TILE_ROWS, Units, Work, power_of_two, store_pairs, store_rounded,
 };
+use super::super::lines::LINE;
 use super::super::x86::Avx512;
 use super::*;
 
@@ -69,7 +70,7 @@ impl Work for Stretch<'_> {
         for stretch in first..=last {
             let seen = self.seen(stretch);
             self.take_blocks((simd, units), seen, &mut tiles);
-            let to = if stretch == first {
+            let to = if stretch == first || self.piece.is_part() {
                 &mut room.total
             } else {
                 &mut room.part
@@ -84,7 +85,9 @@ impl Work for Stretch<'_> {
                     to,
                 );
             }
-            if stretch != first {
+            if self.piece.is_part() {
+                self.results.keep(&self.piece, stretch, &room.total);
+            } else if stretch != first {
                 Join {
                     total: &mut room.total,
                     next: &room.part,
@@ -93,7 +96,7 @@ impl Work for Stretch<'_> {
                 .run(simd);
             }
         }
-        self.write(&room.total);
+        self.results.finish(simd, &self.piece, &room.total);
         ROOM.replace(room);
         TILES.replace(tiles);
     }
@@ -160,13 +163,24 @@ impl Stretch<'_> {
             // Behind the last token nothing was written yet.
             let there = (seen.end - block * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let of_values = (&mut tiles.values[index..], there);
-            let (of, on) = (|numbers| BlockOf { dim, numbers }, (simd, units));
+            let on = (simd, units);
+            let [next_keys, next_values] = self.after(block).unwrap_or([std::ptr::null(); 2]);
+            let of = |numbers| BlockOf {
+                dim,
+                numbers,
+                next: next_keys,
+            };
             // What numbers they are is asked here, not for each vector.
             match keys {
                 Numbers::F16(x) => of(Numbers::F16(x)).take_keys(on, of_keys),
                 Numbers::F32(x) => of(Numbers::F32(x)).take_keys(on, of_keys),
                 Numbers::Q8(x, scales) => of(Numbers::Q8(x, scales)).take_keys(on, of_keys),
             }
+            let of = |numbers| BlockOf {
+                dim,
+                numbers,
+                next: next_values,
+            };
             tiles.broken[index] = match values {
                 Numbers::F16(x) => of(Numbers::F16(x)).take_values(on, of_values),
                 Numbers::F32(x) => of(Numbers::F32(x)).take_values(on, of_values),
@@ -197,11 +211,20 @@ impl Stretch<'_> {
         assert!(tiles.keys.len() >= BLOCKS * 2 * chunks && tiles.values.len() >= 2 * chunks * BLOCKS);
         let sums = tiles.sums.as_mut_ptr();
         let rows = [first, first + chunks].map(|tile| tiles.queries.as_ptr().wrapping_add(tile));
+        // Of a second tile there would be nothing to see.
+        let one = queries.len() <= TILE_ROWS;
         let shaped = units.shape();
         for block in 0..seen.blocks {
             let keys = [2 * block, 2 * block + 1].map(|half| tiles.keys.as_ptr().wrapping_add(half * chunks));
             // SAFETY: the assertions; there is room for the scores of as many blocks.
-            unsafe { shaped.multiply::<2>(rows, keys, chunks, sums.add(block * both), false) }
+            unsafe {
+                let sums = sums.add(block * both);
+                if one {
+                    shaped.multiply::<1>([rows[0]], keys, chunks, sums, false);
+                } else {
+                    shaped.multiply::<2>(rows, keys, chunks, sums, false);
+                }
+            }
         }
         drop(shaped);
         for query in queries.clone() {
@@ -223,7 +246,14 @@ impl Stretch<'_> {
             let values =
                 [2 * chunk, 2 * chunk + 1].map(|tile| tiles.values.as_ptr().wrapping_add(tile * BLOCKS));
             // SAFETY: the assertions; scores are not looked at any more.
-            unsafe { shaped.multiply::<2>(weights, values, seen.blocks, sums.add(chunk * both), false) }
+            unsafe {
+                let sums = sums.add(chunk * both);
+                if one {
+                    shaped.multiply::<1>([weights[0]], values, seen.blocks, sums, false);
+                } else {
+                    shaped.multiply::<2>(weights, values, seen.blocks, sums, false);
+                }
+            }
         }
         drop(shaped);
         for query in queries.clone() {
@@ -317,6 +347,8 @@ impl Stretch<'_> {
 struct BlockOf<'a> {
     dim: usize,
     numbers: Numbers<'a>,
+    /// Where a thread reads next.
+    next: *const u8,
 }
 
 impl BlockOf<'_> {
@@ -337,8 +369,17 @@ impl BlockOf<'_> {
                         *numbers = unsafe { self.numbers.load(simd, place, Lie::Keys) };
                     }
                 }
+                self.ask(simd, index * TILE_ROWS + line);
                 store_pairs(units, pair, tile, line);
             }
+        }
+    }
+
+    /// Asks memory for a line of what is read next, where there are so many.
+    #[inline(always)]
+    fn ask(self, simd: Avx512, line: usize) {
+        if line * LINE < self.numbers.len() * self.numbers.width() {
+            simd.prefetch(self.next.wrapping_add(line * LINE));
         }
     }
 
@@ -387,6 +428,7 @@ impl BlockOf<'_> {
                         suspicion[odd] = simd.fma(*numbers, simd.splat(0.0), suspicion[odd]);
                     }
                 }
+                self.ask(simd, start + line);
                 store_pairs(units, pair, tile, line);
             }
         }
