@@ -4,7 +4,8 @@ costs little the second time.
     python3 tests/peers/fairness.py [--rounds 3] [--prompt-words 1300]
 
 Pace: tokens a second of one stream while a prompt of about 4 thousand tokens is read, as a share of its pace before and after.
-Again: time to the first token of the same prompt of about 2 thousand tokens, as a share of the first time."""
+Again: time to the first token of the same prompt of about 2 thousand tokens, as a share of the first time; and of one that goes on
+with another word."""
 
 import argparse
 import json
@@ -90,11 +91,12 @@ def measure(command, path, threads, words, seed):
             during = [moment for moment in found if begun <= moment < ended]
             longest = max((b - a for a, b in zip(during, during[1:])), default=reading)
             text = prompt(words // 2, seed + 1000)
-            once, again = first_token(server.base_url, text), first_token(server.base_url, text)
+            once, again, further = (first_token(server.base_url, asked) for asked in (text, text, f"{text} onward"))
     pace = len(alone) / 2
     return {"pace alone, pieces/s": pace, "pace while a prompt is read, share": len(during) / reading / max(pace, 1),
             "longest pause of the stream, ms": longest * 1000, "reading the long prompt, ms": reading * 1000,
-            "half of it, first time, ms": once * 1000, "the same again, share": again / once}
+            "half of it, first time, ms": once * 1000, "the same again, share": again / once,
+            "the same and another word, share": further / once}
 
 
 def main():

@@ -13,10 +13,11 @@ mod pieces;
 mod units;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use self::pieces::{Join, Piece, Pieces, Results};
 pub(crate) use super::block::Numbers;
-use super::block::{Block, Lie, partial_numbers, queries_at_once, widen};
+use super::block::{Block, Lie, Next, partial_numbers, queries_at_once, widen};
 use super::lines::Lines;
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd, exp};
@@ -78,11 +79,9 @@ impl Attention {
     }
 
     /// Stretches that these rows see.
-    fn stretches(&self, run: &Run) -> (usize, usize) {
-        (
-            self.first_position(run.position) / STRETCH_TOKENS,
-            (run.position + run.rows - 1) / STRETCH_TOKENS,
-        )
+    fn stretches(&self, run: &Run) -> Range<usize> {
+        let first = self.first_position(run.position) / STRETCH_TOKENS;
+        first..(run.position + run.rows - 1) / STRETCH_TOKENS + 1
     }
 }
 
@@ -107,12 +106,12 @@ impl Compute {
         }
         let pieces = Pieces::new(attention, runs, self.pool.threads(), self.units_read_prompts());
         // Taken and put back, so that a panic leaves no room, and not one that is borrowed for ever.
-        let mut parts = PARTS.take();
-        parts.set_length(pieces.parts * partial_numbers(attention.head_dim));
+        let mut kept = KEPT.take();
+        kept.set_length(pieces.kept * partial_numbers(attention.head_dim));
         let results = Results {
             attention,
             pieces: &pieces,
-            parts: SharedMut::new(&mut parts),
+            kept: SharedMut::new(&mut kept),
             out: SharedMut::new(out),
         };
         self.pool.run(pieces.pieces.len(), 1, &|index| {
@@ -132,7 +131,7 @@ impl Compute {
             }
             self.dispatch.run(stretch);
         });
-        PARTS.replace(parts);
+        KEPT.replace(kept);
     }
 }
 
@@ -148,8 +147,8 @@ struct Room {
 
 thread_local! {
     static ROOM: RefCell<Room> = RefCell::default();
-    /// What is found of rows whose context several pieces share.
-    static PARTS: RefCell<Lines> = RefCell::default();
+    /// What is found of rows whose context several pieces share. It stays for the next layer, and has a bound.
+    static KEPT: RefCell<Lines> = RefCell::default();
 }
 
 /// One piece of work.
@@ -187,10 +186,15 @@ impl Operation for Stretch<'_> {
         } = &mut room;
         self.turn_queries(simd, queries);
         let (first, last) = self.piece.stretches;
-        total.set_length(count * numbers);
-        part.set_length(if first < last { count * numbers } else { 0 });
+        let kept = self.piece.is_part();
+        let several = !kept && first < last;
+        total.set_length(if kept { 0 } else { count * numbers });
+        part.set_length(if several { count * numbers } else { 0 });
         for stretch in first..=last {
-            let to: &mut [f32] = if stretch == first || self.piece.is_part() {
+            let to: &mut [f32] = if kept {
+                // SAFETY: one stretch after the other, and this thread alone has the piece.
+                unsafe { self.results.place(&self.piece, stretch) }
+            } else if stretch == first {
                 total
             } else {
                 part
@@ -200,9 +204,7 @@ impl Operation for Stretch<'_> {
                 numbers[padded + LANES] = f32::NEG_INFINITY;
             });
             self.stretch(simd, stretch, queries, to, wide);
-            if self.piece.is_part() {
-                self.results.keep(&self.piece, stretch, total);
-            } else if stretch != first {
+            if several && stretch != first {
                 Join {
                     total,
                     next: part,
@@ -238,7 +240,7 @@ impl Stretch<'_> {
 
     /// Where the keys and values lie that this thread will most likely read after those of a block.
     #[inline(always)]
-    fn after(&self, block: usize) -> Option<[*const u8; 2]> {
+    fn after(&self, block: usize) -> Option<Next> {
         let run = self.piece.run;
         let (sequence, block, kv_head) = if (block + 1) * BLOCK_TOKENS < run.position + run.rows {
             (run.sequence, block + 1, self.piece.kv_head)
@@ -246,8 +248,7 @@ impl Stretch<'_> {
             let next = self.next?;
             (next.run.sequence, next.first_block(self.attention), next.kv_head)
         };
-        let (keys, values) = self.cache.block(sequence, block, kv_head);
-        Some([keys.start(), values.start()])
+        Some(Next::of(self.cache.block(sequence, block, kv_head)))
     }
 
     /// Adds a stretch's blocks to the partial results of all queries.

@@ -67,6 +67,25 @@ pub(super) fn partial_numbers(dim: usize) -> usize {
 #[repr(align(64))]
 struct Weights<const N: usize>([[f32; BLOCK_TOKENS]; N]);
 
+/// Where the keys and values of a block lie that are read after another.
+#[derive(Clone, Copy)]
+pub(super) struct Next {
+    pub(super) keys: *const u8,
+    pub(super) values: *const u8,
+    /// Bytes of a number.
+    pub(super) width: usize,
+}
+
+impl Next {
+    pub(super) fn of((keys, values): (Numbers<'_>, Numbers<'_>)) -> Self {
+        Self {
+            keys: keys.start(),
+            values: values.start(),
+            width: keys.width(),
+        }
+    }
+}
+
 /// One block of the cache and what each query may see of it.
 pub(super) struct Block<'a> {
     pub(super) dim: usize,
@@ -74,9 +93,8 @@ pub(super) struct Block<'a> {
     pub(super) values: Numbers<'a>,
     /// From and to, in tokens of the block.
     pub(super) bounds: [(usize, usize); QUERIES],
-    /// Where the next block's keys and values begin, if they are asked for while this one is worked on: a lone
-    /// row waits for memory otherwise.
-    pub(super) next: Option<[*const u8; 2]>,
+    /// What is asked for while this one is worked on: few rows wait for memory otherwise.
+    pub(super) next: Option<Next>,
 }
 
 /// Queries that share each read of keys and values at most: as many as sums of two vectors each fit the registers, or of
@@ -94,7 +112,7 @@ impl Numbers<'_> {
         }
     }
 
-    pub(super) fn start(&self) -> *const u8 {
+    fn start(&self) -> *const u8 {
         match self {
             Self::F16(x) => x.as_ptr().cast(),
             Self::F32(x) => x.as_ptr().cast(),
@@ -206,15 +224,15 @@ impl Block<'_> {
         assert!(self.keys.len() >= dim * BLOCK_TOKENS && self.keys.has_scales(dim));
         let mut sums = [[simd.splat(0.0); H]; N];
         // Bytes of the next block that are asked for with each dimension, in lines of 64.
-        let share = BLOCK_TOKENS * self.keys.width();
+        let share = self.next.map_or(0, |next| BLOCK_TOKENS * next.width);
         for d in 0..dim {
-            if let Some([keys, values]) = self.next
+            if let Some(next) = self.next
                 && token == 0
                 && (d * share).is_multiple_of(64)
             {
                 for line in (0..share).step_by(64) {
-                    simd.prefetch(keys.wrapping_add(d * share + line));
-                    simd.prefetch(values.wrapping_add(d * share + line));
+                    simd.prefetch(next.keys.wrapping_add(d * share + line));
+                    simd.prefetch(next.values.wrapping_add(d * share + line));
                 }
             }
             // SAFETY: the assertions above.

@@ -1,31 +1,17 @@
 //! A decoder's forward pass over a ragged batch: rows of several sequences, each at its own position.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::config::{Activation, DecoderConfig};
 use super::layers::{RmsNorm, Source};
 use super::rope::{Rope, Rotations};
+use super::rows::{self, Row};
 use crate::LoadModel;
 use crate::gguf::GgufFile;
 use crate::kernels::attention::{Attention, Run};
 use crate::kernels::vector::for_each_row;
 use crate::kernels::{Combine, Compute, Gate, Matrix, Memory, QuantizedRows, Rows, Target, WeightPrecision};
 use crate::kv::{BlockTable, KvCache, KvShape, LayerCache};
-
-/// One row of a batch. Rows of one sequence follow each other, positions rising by one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Row {
-    pub(crate) token: u32,
-    pub(crate) position: usize,
-    /// Index into the tables.
-    pub(crate) sequence: usize,
-    /// Whether the logits after this row are wanted.
-    pub(crate) wants_logits: bool,
-    /// Whether it was sent, and not written: matrix units, where there are any, compute the rows of prompts, and no others.
-    /// Where there are any, rows of both kinds of one sequence are not in one step.
-    pub(crate) of_prompt: bool,
-}
 
 struct Layer {
     attention_norm: RmsNorm,
@@ -170,9 +156,9 @@ impl Decoder {
     ) -> &mut [f32] {
         let (config, compute, scratch) = (&self.config, &self.compute, &mut self.scratch);
         let hidden = config.hidden_size;
-        let (ordered, of_prompts) = self::ordered(rows, compute.units_read_prompts());
+        let (ordered, of_prompts) = rows::ordered(rows, compute.units_read_prompts());
         let (wanting, rows) = (rows, &*ordered);
-        let runs = runs(rows);
+        let runs = rows::runs(rows);
         scratch.x.resize(rows.len() * hidden, 0.0);
         for_each_row(&compute.pool, &mut scratch.x, hidden, |index, x| {
             self.embedding.row(rows[index].token as usize, x);
@@ -249,34 +235,6 @@ fn link(layers: &[Layer], output: &Matrix) {
     if let Some(first) = layers.first() {
         output.is_followed_by(&[&first.query, &first.key, &first.value], false);
     }
-}
-
-/// The rows in their order, but if matrix units read prompts those of prompts behind all others; and how many those are.
-fn ordered(rows: &[Row], units: bool) -> (Cow<'_, [Row]>, usize) {
-    if !units {
-        return (Cow::Borrowed(rows), 0);
-    }
-    let (last, mut ordered): (Vec<Row>, Vec<Row>) = rows.iter().partition(|row| row.of_prompt);
-    ordered.extend_from_slice(&last);
-    (Cow::Owned(ordered), last.len())
-}
-
-/// Rows of one sequence, together.
-fn runs(rows: &[Row]) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
-    for (index, row) in rows.iter().enumerate() {
-        match runs.last_mut() {
-            Some(run) if run.sequence == row.sequence && run.of_prompt == row.of_prompt => run.rows += 1,
-            _ => runs.push(Run {
-                sequence: row.sequence,
-                first_row: index,
-                rows: 1,
-                position: row.position,
-                of_prompt: row.of_prompt,
-            }),
-        }
-    }
-    runs
 }
 
 /// Rows, normalised where there is a norm, in the forms in which these matrices of one width ask for them: where all are

@@ -6,9 +6,11 @@ mod decoder;
 mod encoder;
 mod layers;
 mod rope;
+mod rows;
 
 pub(crate) use bert::{EncoderConfig, TOKENIZER, read_bounded};
 pub(crate) use config::{Activation, DecoderConfig, RopePairs};
-pub(crate) use decoder::{Decoder, Row};
+pub(crate) use decoder::Decoder;
 pub(crate) use encoder::Encoder;
 pub(crate) use rope::{Rope, Rotations};
+pub(crate) use rows::Row;

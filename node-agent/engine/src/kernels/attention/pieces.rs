@@ -8,8 +8,11 @@ use super::{Attention, BLOCK_TOKENS, LANES, Run, STRETCH_TOKENS, SharedMut, Simd
 const ROWS: usize = 16;
 /// The same for matrix units: keys and values are made ready for all of them.
 const ROWS_OF_UNITS: usize = 32;
-/// Pieces of several rows that each thread should find at least: where there are fewer they are cut along the context.
+/// Pieces of several rows that each thread finds where they can be cut so: fewer are cut along the context. (Those of a single row
+/// are cut as far as they can be, for their results are joined in no time.)
 const PIECES_PER_THREAD: usize = 3;
+/// Most numbers that are kept until they are joined, 32 MiB: rows of which more would be are not cut.
+const MOST_KEPT: usize = 8 << 20;
 
 /// Some rows of one sequence, one KV head, and some stretches of the context.
 #[derive(Clone, Copy)]
@@ -58,23 +61,20 @@ impl Piece {
 pub(super) struct Pieces {
     pub(super) pieces: Vec<Piece>,
     joints: Vec<Joint>,
-    /// Queries of all results that are joined.
-    pub(super) parts: usize,
+    /// Queries of all results that are kept until they are joined, once for each of their stretches.
+    pub(super) kept: usize,
 }
 
 impl Pieces {
     /// Cuts the work of some rows for so many threads.
     pub(super) fn new(attention: &Attention, runs: &[Run], threads: usize, units: bool) -> Self {
-        let rows_of = |run: &Run| {
-            if units && run.of_prompt {
+        // The last see most and come first, so that no thread begins with the largest when others are done.
+        let parts_of = |run: Run| {
+            let most = if units && run.of_prompt {
                 ROWS_OF_UNITS
             } else {
                 ROWS
-            }
-        };
-        // The last see most and come first, so that no thread begins with the largest when others are done.
-        let parts_of = |run: Run| {
-            let most = rows_of(&run);
+            };
             (0..run.rows).step_by(most).rev().map(move |start| Run {
                 first_row: run.first_row + start,
                 rows: most.min(run.rows - start),
@@ -82,68 +82,68 @@ impl Pieces {
                 ..run
             })
         };
-        let stretches = |run: &Run| {
-            let (first, last) = attention.stretches(run);
-            last + 1 - first
-        };
         let all: usize = runs
             .iter()
             .flat_map(|run| parts_of(*run))
-            .map(|run| run.rows * stretches(&run))
+            .map(|run| run.rows * attention.stretches(&run).len())
             .sum();
         let share = all * attention.kv_heads / (threads * PIECES_PER_THREAD);
         let mut made = Self {
             pieces: Vec::new(),
             joints: Vec::new(),
-            parts: 0,
+            kept: 0,
         };
         for run in runs.iter().flat_map(|run| parts_of(*run)) {
-            // Results of a single row are joined in no time: it is always cut.
-            let step = if run.rows == 1 {
+            let stretches = attention.stretches(&run).len();
+            let most = if run.rows == 1 {
                 1
             } else {
                 (share / run.rows).max(1)
             };
+            let pieces = if threads == 1 { 1 } else { stretches.div_ceil(most) };
             for kv_head in 0..attention.kv_heads {
-                made.add(attention, run, kv_head, step);
+                made.add(attention, run, kv_head, pieces);
             }
         }
         made
     }
 
-    /// Adds the pieces of some rows and a KV head, of so many stretches each.
-    fn add(&mut self, attention: &Attention, run: Run, kv_head: usize, step: usize) {
-        let (first, last) = attention.stretches(&run);
-        let stretches = last + 1 - first;
-        let pieces = stretches.div_ceil(step);
-        // All nearly the same size.
-        let step = stretches.div_ceil(pieces);
-        let pieces = stretches.div_ceil(step);
+    /// Adds so many pieces of some rows and a KV head, or one where their results would want too much room.
+    fn add(&mut self, attention: &Attention, run: Run, kv_head: usize, pieces: usize) {
+        let stretches = attention.stretches(&run);
+        let queries = run.rows * attention.group();
+        let kept = self.kept + queries * stretches.len();
+        let pieces = if kept * partial_numbers(attention.head_dim) > MOST_KEPT {
+            1
+        } else {
+            pieces
+        };
         let joint = self.joints.len();
         if pieces > 1 {
             self.joints.push(Joint {
                 run,
                 kv_head,
-                first: self.parts,
-                stretches,
+                first: self.kept,
+                stretches: stretches.len(),
                 left: AtomicUsize::new(pieces),
             });
         }
-        for begin in (first..=last).step_by(step) {
-            let end = last.min(begin + step - 1);
+        let begin = |piece: usize| stretches.start + piece * stretches.len() / pieces;
+        for piece in 0..pieces {
+            let stretches = begin(piece)..begin(piece + 1);
             let part = (pieces > 1).then_some(Part {
                 joint,
-                first: self.parts,
+                first: self.kept,
             });
+            if part.is_some() {
+                self.kept += queries * stretches.len();
+            }
             self.pieces.push(Piece {
                 run,
                 kv_head,
-                stretches: (begin, end),
+                stretches: (stretches.start, stretches.end - 1),
                 part,
             });
-            if pieces > 1 {
-                self.parts += run.rows * attention.group() * (end + 1 - begin);
-            }
         }
     }
 }
@@ -153,23 +153,38 @@ impl Pieces {
 pub(super) struct Results<'a> {
     pub(super) attention: &'a Attention,
     pub(super) pieces: &'a Pieces,
-    /// `[queries of all results that are joined, partial numbers]`.
-    pub(super) parts: SharedMut<f32>,
+    /// `[queries that are kept, partial numbers]`.
+    pub(super) kept: SharedMut<f32>,
     /// `[rows, heads, head_dim]`.
     pub(super) out: SharedMut<f32>,
 }
 
 impl Results<'_> {
-    /// Keeps what a part found in one of its stretches: they are joined when all are there, in their order.
-    pub(super) fn keep(self, piece: &Piece, stretch: usize, found: &[f32]) {
-        let Some(part) = piece.part else { return };
-        let start = part.first * partial_numbers(self.attention.head_dim);
-        let start = start + (stretch - piece.stretches.0) * found.len();
-        // SAFETY: the queries of each part have places of their own in each of its stretches.
-        unsafe { self.parts.slice(start..start + found.len()) }.copy_from_slice(found);
+    /// Where goes what a part finds for its queries in one of its stretches: what all find is joined when it is there, in order.
+    ///
+    /// # Panics
+    /// When the piece is no part, or does not have the stretch.
+    ///
+    /// # Safety
+    /// Whoever asks works on the piece, and has no other place of the same stretch.
+    pub(super) unsafe fn place<'a>(self, piece: &Piece, stretch: usize) -> &'a mut [f32] {
+        let (Some(part), (first, last)) = (piece.part, piece.stretches) else {
+            unreachable!("a whole piece has no place among parts")
+        };
+        assert!((first..=last).contains(&stretch));
+        let size = self.size(&piece.run);
+        let start = part.first * partial_numbers(self.attention.head_dim) + (stretch - first) * size;
+        // SAFETY: there is room for all queries that are counted, and those of each piece were, once for each of its stretches;
+        // the caller's promise.
+        unsafe { self.kept.slice(start..start + size) }
     }
 
-    /// Writes what a piece found for its queries; of parts, whose results were kept, the last one that is done joins those of all.
+    /// Numbers that are found of some rows' queries.
+    fn size(self, run: &Run) -> usize {
+        run.rows * self.attention.group() * partial_numbers(self.attention.head_dim)
+    }
+
+    /// Writes what a whole piece found for its queries. Of parts, the last one that is done joins what all have found.
     #[inline(always)]
     pub(super) fn finish<S: Simd>(self, simd: S, piece: &Piece, total: &[f32]) {
         let Some(part) = piece.part else {
@@ -177,14 +192,15 @@ impl Results<'_> {
             return;
         };
         let joint = &self.pieces.joints[part.joint];
-        // What the others kept is there when the last one sees that they are done.
-        if joint.left.fetch_sub(1, Ordering::AcqRel) > 1 {
+        // What the others found is there when the last one sees that they are done.
+        if joint.left.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
         let numbers = partial_numbers(self.attention.head_dim);
-        let (start, size) = (joint.first * numbers, total.len());
-        // SAFETY: all parts of these rows are done, and only the last one comes here.
-        let all = unsafe { self.parts.slice(start..start + joint.stretches * size) };
+        let (start, size) = (joint.first * numbers, self.size(&joint.run));
+        // SAFETY: there is room for all queries that are counted, these among them. All parts of these rows are done, and only the
+        // last one comes here.
+        let all = unsafe { self.kept.slice(start..start + joint.stretches * size) };
         let (total, others) = all.split_at_mut(size);
         for next in others.chunks_exact(size) {
             Join { total, next, numbers }.run(simd);
@@ -336,18 +352,43 @@ mod tests {
                             position: run.position + start,
                             ..run
                         };
-                        let (first, last) = attention.stretches(&part);
+                        let stretches = attention.stretches(&part);
                         expected.extend((0..3).flat_map(|head| {
-                            (first..=last).map(move |stretch| (run.first_row + row, head, stretch))
+                            let row = run.first_row + row;
+                            stretches.clone().map(move |stretch| (row, head, stretch))
                         }));
                     }
                 }
                 met.sort_unstable();
                 expected.sort_unstable();
                 assert_eq!(met, expected, "{threads} threads");
-                assert!(places.into_iter().eq(0..made.parts), "{threads} threads");
+                assert!(places.into_iter().eq(0..made.kept), "{threads} threads");
+                // What is joined is what its pieces kept, and as many are waited for as there are.
+                for (index, joint) in made.joints.iter().enumerate() {
+                    let is_its = |piece: &&Piece| piece.part.is_some_and(|part| part.joint == index);
+                    let of_it: Vec<&Piece> = made.pieces.iter().filter(is_its).collect();
+                    let first = of_it[0].part.unwrap().first;
+                    let stretches: usize = of_it
+                        .iter()
+                        .map(|piece| piece.stretches.1 + 1 - piece.stretches.0)
+                        .sum();
+                    assert_eq!((joint.first, joint.stretches), (first, stretches));
+                    assert_eq!(joint.left.load(Ordering::Relaxed), of_it.len());
+                    assert!(
+                        of_it
+                            .iter()
+                            .all(|piece| piece.run.first_row == joint.run.first_row)
+                    );
+                }
             }
         }
+    }
+
+    #[test]
+    fn what_is_kept_has_a_bound() {
+        let (attention, _, made) = pieces(&[(16, 500_000); 4], None, 32);
+        assert!(made.kept > 0 && made.kept * partial_numbers(attention.head_dim) <= MOST_KEPT);
+        assert!(made.pieces.iter().any(|piece| !piece.is_part()));
     }
 
     #[test]
@@ -365,5 +406,9 @@ mod tests {
         assert_eq!(sizes(&[(8, 2000)], 1), [8; 3]);
         assert_eq!(sizes(&[(8, 2000)], 16), [1; 24]);
         assert_eq!(sizes(&[(64, 1984)], 2), [8; 12]);
+        // Parts are as large as each other can be.
+        assert_eq!(sizes(&[(8, 2700)], 2), [3, 4, 4, 3, 4, 4, 3, 4, 4]);
+        // One thread shares with nobody.
+        assert_eq!(sizes(&[(1, 2000)], 1), [8; 3]);
     }
 }

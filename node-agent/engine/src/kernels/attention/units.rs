@@ -64,13 +64,17 @@ impl Work for Stretch<'_> {
         self.turn_queries(simd, &mut room.queries);
         self.round_queries(simd, &room.queries, &mut tiles.queries);
         let (first, last) = self.piece.stretches;
-        room.total.set_length(count * numbers);
-        room.part
-            .set_length(if first < last { count * numbers } else { 0 });
+        let kept = self.piece.is_part();
+        let several = !kept && first < last;
+        room.total.set_length(if kept { 0 } else { count * numbers });
+        room.part.set_length(if several { count * numbers } else { 0 });
         for stretch in first..=last {
             let seen = self.seen(stretch);
             self.take_blocks((simd, units), seen, &mut tiles);
-            let to = if stretch == first || self.piece.is_part() {
+            let to: &mut [f32] = if kept {
+                // SAFETY: one stretch after the other, and this thread alone has the piece.
+                unsafe { self.results.place(&self.piece, stretch) }
+            } else if stretch == first {
                 &mut room.total
             } else {
                 &mut room.part
@@ -85,9 +89,7 @@ impl Work for Stretch<'_> {
                     to,
                 );
             }
-            if self.piece.is_part() {
-                self.results.keep(&self.piece, stretch, &room.total);
-            } else if stretch != first {
+            if several && stretch != first {
                 Join {
                     total: &mut room.total,
                     next: &room.part,
@@ -164,11 +166,12 @@ impl Stretch<'_> {
             let there = (seen.end - block * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let of_values = (&mut tiles.values[index..], there);
             let on = (simd, units);
-            let [next_keys, next_values] = self.after(block).unwrap_or([std::ptr::null(); 2]);
+            // Behind the last block: any place may be asked for.
+            let next = self.after(block).unwrap_or(Next::of((keys, values)));
             let of = |numbers| BlockOf {
                 dim,
                 numbers,
-                next: next_keys,
+                next: next.keys,
             };
             // What numbers they are is asked here, not for each vector.
             match keys {
@@ -179,7 +182,7 @@ impl Stretch<'_> {
             let of = |numbers| BlockOf {
                 dim,
                 numbers,
-                next: next_values,
+                next: next.values,
             };
             tiles.broken[index] = match values {
                 Numbers::F16(x) => of(Numbers::F16(x)).take_values(on, of_values),
@@ -375,11 +378,12 @@ impl BlockOf<'_> {
         }
     }
 
-    /// Asks memory for a line of what is read next, where there are so many.
+    /// Asks memory for two vectors of what is read next.
     #[inline(always)]
-    fn ask(self, simd: Avx512, line: usize) {
-        if line * LINE < self.numbers.len() * self.numbers.width() {
-            simd.prefetch(self.next.wrapping_add(line * LINE));
+    fn ask(self, simd: Avx512, pair: usize) {
+        let bytes = 2 * LANES * self.numbers.width();
+        for line in (0..bytes).step_by(LINE) {
+            simd.prefetch(self.next.wrapping_add(pair * bytes + line));
         }
     }
 

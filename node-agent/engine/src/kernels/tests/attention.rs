@@ -140,6 +140,81 @@ fn attention_equals_plain_arithmetic_and_no_row_knows_the_others() {
     }
 }
 
+/// Answers and prompts, few rows and many, in one call on any number of threads: cut along the context or not.
+#[test]
+fn results_are_the_same_to_the_bit_however_the_work_is_cut() {
+    let mut rng = StdRng::seed_from_u64(43);
+    let (heads, head_dim, blocks) = (3, 16, 40);
+    let size = padded(head_dim) * BLOCK_TOKENS * blocks;
+    let (keys, mut values) = (numbers(&mut rng, size), numbers(&mut rng, size));
+    // Who sees this token has no result.
+    let token = 700;
+    values[token * padded(head_dim) + 3] = f32::NAN;
+    let cache = of_floats(&keys, &values, head_dim);
+    // On matrix units sixteen queries are a tile: 5 rows are fewer, 6 are more, 11 are more than two.
+    let shapes = [
+        (1, 1200),
+        (5, 1100),
+        (6, 640),
+        (11, 990),
+        (40, 300),
+        (1, 690),
+        (2, 0),
+    ];
+    for dispatch in Dispatch::available() {
+        for (window, of_prompt) in [(None, false), (Some(300), false), (None, true), (Some(300), true)] {
+            let attention = Attention {
+                heads,
+                kv_heads: 1,
+                head_dim,
+                scale: 0.4,
+                window,
+            };
+            let mut runs = Vec::new();
+            let mut rows = 0;
+            for (sequence, (count, position)) in shapes.into_iter().enumerate() {
+                runs.push(Run {
+                    sequence,
+                    first_row: rows,
+                    rows: count,
+                    position,
+                    of_prompt,
+                });
+                rows += count;
+            }
+            let width = heads * head_dim;
+            let queries = numbers(&mut StdRng::seed_from_u64(2), rows * width);
+            let bits = |threads: usize, runs: &[Run], queries: &[f32]| -> Vec<u32> {
+                let compute = Compute {
+                    pool: Pool::new(threads).unwrap(),
+                    dispatch,
+                };
+                let mut out = vec![0.0; queries.len()];
+                compute.attend(&attention, &cache, runs, (queries, None), &mut out);
+                // What is no number may be any of them.
+                out.iter()
+                    .map(|x| if x.is_nan() { u32::MAX } else { x.to_bits() })
+                    .collect()
+            };
+            let uncut = bits(1, &runs, &queries);
+            assert!(uncut.contains(&u32::MAX) && uncut.iter().any(|&x| x != u32::MAX));
+            for threads in [2, 3, 8] {
+                assert!(
+                    bits(threads, &runs, &queries) == uncut,
+                    "{threads} threads, {}",
+                    dispatch.name()
+                );
+            }
+            for run in &runs {
+                let range = run.first_row * width..(run.first_row + run.rows) * width;
+                let alone = Run { first_row: 0, ..*run };
+                let found = bits(8, &[alone], &queries[range.clone()]);
+                assert!(found == uncut[range], "{run:?} alone, {}", dispatch.name());
+            }
+        }
+    }
+}
+
 /// A cache of one head: blocks of keys and values.
 pub(super) struct Blocks<'a>(pub(super) Vec<(Numbers<'a>, Numbers<'a>)>);
 
