@@ -1,6 +1,6 @@
 //! Softmax(q k) v for a ragged batch, over a cache of blocks of 32 tokens.
 //!
-//! A piece of work is (some rows of one sequence, one KV head, one stretch of the context). Each block of
+//! A piece of work is (some rows of one sequence, one KV head, some stretches of the context). Each block of
 //! the cache is read once for all its rows and query heads. Stretches begin at fixed positions and are
 //! joined in their order, so that a row's result depends on nothing but its own past: not on how many rows
 //! came with it, nor on how many threads there are. Source: Dao et al. 2022; Milakov & Gimelshein 2018.
