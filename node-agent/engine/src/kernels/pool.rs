@@ -1,15 +1,18 @@
 //! Threads that compute together: a step of a model is some hundred short jobs, one after the other.
 //!
-//! The caller's thread works too. The others look for the next job for a moment ([`SPIN`]) and then sleep,
-//! so an idle engine costs nothing. A job is never waited for by name: who comes takes part, and whoever
-//! is late (its core was taken away) finds the job closed. So a contended machine computes at the pace of
-//! the cores that it has, not at that of the slowest.
+//! The caller's thread works too. The others look for the next job for a moment ([`SPIN`]) and then sleep, so an idle engine
+//! costs nothing. Nobody waits for a thread by name: a job is over when all its numbers are worked on, by whoever came, and
+//! whoever is late (its core was taken away) finds nothing left. So a contended machine computes at the pace of the cores that
+//! it has, not at that of the slowest.
 //!
-//! Every thread begins with its own share of a job's numbers, all in one row, for what belongs to numbers
-//! that follow each other mostly lies together in memory; who is done helps with the others' shares.
+//! Every thread begins with its own share of a job's numbers, all in one row, for what belongs to numbers that follow each
+//! other mostly lies together in memory; who is done helps with the others' shares. What a thread must know to begin lies
+//! in one place ([`Seat`]), on lines of the cache that nobody else touches before it is done itself: with some hundred jobs in
+//! a few milliseconds, each line that goes from core to core counts.
 
+use std::cell::{Cell, UnsafeCell};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -21,25 +24,12 @@ use super::lines::{LINE, prefetch};
 const SPIN: Duration = Duration::from_micros(120);
 /// Looks between two readings of the clock.
 const LOOKS: u32 = 256;
-
-/// Participants of the job, in the low bits of the state.
-const PARTICIPANTS: u64 = 0xffff;
-/// The job takes nobody in any more.
-const CLOSED: u64 = 1 << 16;
-/// One job later.
-const NEXT: u64 = 1 << 17;
-
-/// What a job is made of: a function and the numbers it is called with.
-struct Job<'a> {
-    work: &'a (dyn Fn(usize) + Sync),
-    count: usize,
-    grain: usize,
-    /// How far each thread's share is done.
-    cursors: &'a [Cursor],
-    panicked: AtomicBool,
-    /// What each thread reads first in the next job that has much to read.
-    next: Option<&'a Next<'a>>,
-}
+/// Of work that reads straight ahead a thread takes one of so many parts of what is left of a share, so it asks seldom, and
+/// nobody waits long for the last.
+const PARTS: u32 = 3;
+/// But not more than this: what it has taken waits for it when its core is taken away. (Sixty-four tiles of a vocabulary's
+/// matrix were 1.2 MB, 40 microseconds' work.)
+const MOST: u32 = 16;
 
 /// Says what a thread reads first in a later job.
 pub(super) type Next<'a> = dyn Fn(usize) -> Fetch + Sync + 'a;
@@ -77,70 +67,120 @@ impl Fetch {
     }
 }
 
-/// How much of a share is taken: by its own thread from the front, by others from either end. All that is ever taken of a share,
-/// overshoot included, must stay below 2^32. On a line of its own: threads that count in different shares do not wait for each other.
+/// What a job is made of.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    /// Called with each of its numbers.
+    work: &'a (dyn Fn(usize) + Sync),
+    /// What each thread reads first in the next job that has much to read.
+    next: Option<&'a Next<'a>>,
+}
+
+/// What is left of a thread's share of a job, and the job. On lines of its own: threads that count in different shares do not
+/// wait for each other.
 #[repr(align(128))]
-struct Cursor(AtomicU64);
+struct Seat {
+    /// The first number left in the low half, the number behind the last in the high half. Whoever takes numbers out of it
+    /// may use `job` until it has reported them.
+    left: AtomicU64,
+    /// Changes after `left` with every job, so that its thread comes to help even where it has no share.
+    number: AtomicU32,
+    /// The fewest numbers that are taken at once.
+    grain: AtomicU32,
+    /// Whether the work reads straight ahead from number to number.
+    ahead: AtomicBool,
+    /// Written by the caller alone, before `left`, when no number of the job before is left or at work.
+    job: UnsafeCell<Option<Job<'static>>>,
+}
 
-impl Cursor {
-    /// One number from the back.
-    const BACK: u64 = 1 << 32;
+// SAFETY: `job` is written while nobody may read it and read while nobody may write it, as it says above: `Inner::publish` and
+// `Shared::work` are its only users.
+unsafe impl Sync for Seat {}
 
-    /// The next numbers of a share, `grain` or what is left; None when all are taken.
-    fn take(&self, share: &Range<usize>, grain: usize, from_back: bool) -> Option<Range<usize>> {
-        let step = grain as u64 * if from_back { Self::BACK } else { 1 };
-        let taken = self.0.fetch_add(step, Ordering::Relaxed);
-        let (front, back) = ((taken % Self::BACK) as usize, (taken / Self::BACK) as usize);
-        let left = share.len().checked_sub(front + back).filter(|left| *left > 0)?;
-        let count = grain.min(left);
-        let start = if from_back {
-            share.end - back - count
-        } else {
-            share.start + front
-        };
-        Some(start..start + count)
+impl Seat {
+    fn new() -> Self {
+        Self {
+            left: AtomicU64::new(0),
+            number: AtomicU32::new(0),
+            grain: AtomicU32::new(1),
+            ahead: AtomicBool::new(false),
+            job: UnsafeCell::new(None),
+        }
+    }
+
+    fn word(numbers: &Range<u32>) -> u64 {
+        u64::from(numbers.end) << 32 | u64::from(numbers.start)
+    }
+
+    /// Numbers that this word says are left.
+    fn numbers(word: u64) -> Range<u32> {
+        word as u32..(word >> 32) as u32
+    }
+
+    /// Whether a job came after the one of this number.
+    fn is_after(&self, seen: u32) -> bool {
+        self.number.load(Ordering::Relaxed) != seen
+    }
+
+    /// Takes some numbers, for its own thread or for a helper. None when none is left.
+    fn take(&self, by_helper: bool) -> Option<Range<usize>> {
+        let mut word = self.left.load(Ordering::Relaxed);
+        loop {
+            let Range { start, end } = Self::numbers(word);
+            let left = end.checked_sub(start).filter(|left| *left > 0)?;
+            // What an older job had for these does no harm.
+            let grain = self.grain.load(Ordering::Relaxed);
+            let ahead = self.ahead.load(Ordering::Relaxed);
+            let part = if ahead { (left / PARTS).min(MOST) } else { 0 };
+            let count = grain.max(part).min(left);
+            // Who reads straight ahead has asked for what follows: helpers take what lies farthest from there.
+            let from_back = ahead && by_helper;
+            let (taken, rest) = if from_back {
+                (end - count..end, start..end - count)
+            } else {
+                (start..start + count, start + count..end)
+            };
+            // Acquires what `publish` wrote before it filled this seat.
+            match self.left.compare_exchange_weak(
+                word,
+                Self::word(&rest),
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return Some(taken.start as usize..taken.end as usize),
+                Err(now) => word = now,
+            }
+        }
+    }
+
+    /// Takes all that is left and says how much it was.
+    fn clear(&self) -> usize {
+        Self::numbers(self.left.swap(0, Ordering::Relaxed)).len()
     }
 }
 
-/// The first number of a thread's share of so many; of the thread behind the last it is their count.
+/// The first number of a thread's share of so many; of the thread behind the last it is their count. The caller, who waits for
+/// no news of the job, has no less than others.
 pub(super) fn share_start(count: usize, thread: usize, threads: usize) -> usize {
-    count * thread / threads
-}
-
-impl Job<'_> {
-    /// Works until nothing is left, and says what the thread may ask for then.
-    fn work(&self, thread: usize) -> Option<Fetch> {
-        let run = || {
-            let threads = self.cursors.len();
-            for share in (thread..threads).chain(0..thread) {
-                let range =
-                    share_start(self.count, share, threads)..share_start(self.count, share + 1, threads);
-                let cursor = &self.cursors[share];
-                // Who reads straight ahead has asked for what follows: helpers take what lies farthest from there.
-                let from_back = share != thread && self.next.is_some();
-                while let Some(numbers) = cursor.take(&range, self.grain, from_back) {
-                    numbers.for_each(self.work);
-                }
-            }
-            self.next.map(|next| next(thread))
-        };
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|_| {
-            // The others stop soon; the caller passes the panic on.
-            for cursor in self.cursors {
-                cursor.0.store(self.count as u64, Ordering::Relaxed);
-            }
-            self.panicked.store(true, Ordering::Relaxed);
-            None
-        })
-    }
+    (count * thread).div_ceil(threads)
 }
 
 struct Shared {
-    /// Number of the job, whether it is closed, and how many take part (the caller not counted).
-    state: AtomicU64,
-    /// The job, valid while it is open or somebody takes part.
-    job: AtomicPtr<()>,
-    done: AtomicUsize,
+    /// One for each thread, the caller's first.
+    seats: Box<[Seat]>,
+    /// Numbers that the others have worked on and reported, in all jobs.
+    done: Count,
+    events: Events,
+}
+
+/// A count on lines of its own.
+#[repr(align(128))]
+struct Count(AtomicUsize);
+
+/// What seldom happens, on lines that are seldom written.
+#[repr(align(128))]
+struct Events {
+    panicked: AtomicBool,
     sleeping: AtomicUsize,
     stop: AtomicBool,
 }
@@ -154,8 +194,8 @@ pub(crate) struct Pool {
 struct Inner {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    /// One job at a time; these are its shares' places.
-    cursors: Mutex<Box<[Cursor]>>,
+    /// One job at a time. What [`Shared::done`] was before it.
+    turn: Mutex<usize>,
 }
 
 impl Pool {
@@ -165,13 +205,14 @@ impl Pool {
     /// When the system starts no thread.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
-            state: AtomicU64::new(CLOSED),
-            job: AtomicPtr::new(std::ptr::null_mut()),
-            done: AtomicUsize::new(0),
-            sleeping: AtomicUsize::new(0),
-            stop: AtomicBool::new(false),
+            seats: (0..threads.max(1)).map(|_| Seat::new()).collect(),
+            done: Count(AtomicUsize::new(0)),
+            events: Events {
+                panicked: AtomicBool::new(false),
+                sleeping: AtomicUsize::new(0),
+                stop: AtomicBool::new(false),
+            },
         });
-        let cursors = (0..threads.max(1)).map(|_| Cursor(AtomicU64::new(0))).collect();
         let threads = (1..threads)
             .map(|index| {
                 let shared = Arc::clone(&shared);
@@ -184,7 +225,7 @@ impl Pool {
             inner: Arc::new(Inner {
                 shared,
                 threads,
-                cursors: Mutex::new(cursors),
+                turn: Mutex::new(0),
             }),
         })
     }
@@ -194,51 +235,36 @@ impl Pool {
         self.inner.threads.len() + 1
     }
 
-    /// Calls `work` with every number below `count`, `grain` at a time on one thread. Returns when all are
-    /// done.
+    /// Calls `work` with every number below `count`, `grain` at a time on one thread. Returns when all are done.
     ///
     /// # Panics
-    /// When `work` panics.
+    /// When `work` panics, or there is so much of it that it would have 2^32 numbers.
     pub(crate) fn run(&self, count: usize, grain: usize, work: &(dyn Fn(usize) + Sync)) {
-        self.run_before(count, grain, work, None);
+        self.run_job(count, grain, Job { work, next: None });
     }
 
-    /// As [`Self::run`], for work that reads straight ahead from number to number. `next` says what each thread but the caller's
-    /// asks of memory when it finds no work any more, until the next job.
+    /// As [`Self::run`], for short work that reads straight ahead from number to number; a thread takes several at once while much
+    /// is left. `next` says what each thread but the caller's asks of memory when it finds no work any more, until the next job.
     ///
     /// # Panics
-    /// When `work` or `next` panics, or `count` and what threads may take beyond it reach 2^32.
-    pub(super) fn run_before(
-        &self,
-        count: usize,
-        grain: usize,
-        work: &(dyn Fn(usize) + Sync),
-        next: Option<&Next<'_>>,
-    ) {
-        if self.inner.threads.is_empty() || count <= grain {
-            (0..count).for_each(work);
+    /// As it does, or when `next` panics.
+    pub(super) fn run_before(&self, count: usize, work: &(dyn Fn(usize) + Sync), next: Option<&Next<'_>>) {
+        self.run_job(count, 1, Job { work, next });
+    }
+
+    fn run_job(&self, count: usize, grain: usize, job: Job<'_>) {
+        let inner = &*self.inner;
+        if inner.threads.is_empty() || count <= grain {
+            (0..count).for_each(job.work);
             return;
         }
-        assert!(grain.saturating_mul(self.threads() + 1).saturating_add(count) < 1 << 32);
-        let cursors = self.inner.cursors.lock().unwrap_or_else(PoisonError::into_inner);
-        for cursor in cursors.iter() {
-            cursor.0.store(0, Ordering::Relaxed);
-        }
-        let job = Job {
-            work,
-            count,
-            grain,
-            cursors: &cursors,
-            panicked: AtomicBool::new(false),
-            next,
-        };
-        self.inner.publish(&job);
-        job.work(0);
-        self.inner.close();
-        assert!(
-            !job.panicked.load(Ordering::Relaxed),
-            "a computing thread panicked"
-        );
+        assert!(u32::try_from(count).is_ok(), "{count} pieces of work at once");
+        let mut reported = inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: `finish` waits until all numbers are worked on. Nothing between here and there panics.
+        unsafe { inner.publish(count, grain, job) };
+        let panicked = inner.finish(count, &mut reported);
+        drop(reported);
+        assert!(!panicked, "a computing thread panicked");
     }
 
     /// Calls `work` with each chunk of `items` and its number.
@@ -301,29 +327,46 @@ impl<T> SharedMut<T> {
 }
 
 impl Inner {
-    fn publish(&self, job: &Job<'_>) {
+    /// Lays a job's shares out, for whoever comes.
+    ///
+    /// # Safety
+    /// The caller has the turn, and calls [`Self::finish`] before what the job borrows ends.
+    unsafe fn publish(&self, count: usize, grain: usize, job: Job<'_>) {
+        // SAFETY: it only forgets how long the job's parts are borrowed. They are used by who has taken numbers and not reported
+        // them yet, and the caller promises to wait for that.
+        let job: Job<'static> = unsafe { std::mem::transmute(job) };
         let shared = &self.shared;
-        shared.done.store(0, Ordering::Relaxed);
-        shared
-            .job
-            .store(std::ptr::from_ref(job).cast_mut().cast(), Ordering::Relaxed);
-        let number = (shared.state.load(Ordering::Relaxed) & !(NEXT - 1)).wrapping_add(NEXT);
-        // Sequentially consistent with the sleepers: either they see the job or we see them.
-        shared.state.store(number, Ordering::SeqCst);
-        if shared.sleeping.load(Ordering::SeqCst) > 0 {
+        let threads = shared.seats.len();
+        let starts = |thread| share_start(count, thread, threads) as u32;
+        // The caller's own is last.
+        for (thread, seat) in shared.seats.iter().enumerate().rev() {
+            // SAFETY: the job before is finished: all seats are empty, and all that was taken out of them is reported. So nobody
+            // reads this, and nobody will before `left` says that there is something to take.
+            unsafe { *seat.job.get() = Some(job) };
+            seat.grain.store((grain as u32).max(1), Ordering::Relaxed);
+            seat.ahead.store(job.next.is_some(), Ordering::Relaxed);
+            let word = Seat::word(&(starts(thread)..starts(thread + 1)));
+            seat.left.store(word, Ordering::Release);
+            let number = seat.number.load(Ordering::Relaxed).wrapping_add(1);
+            seat.number.store(number, Ordering::Release);
+        }
+        // Who goes to sleep at this moment may be missed: others take its share then, and the next job wakes it. To be sure would
+        // cost every job a wait until the other cores have heard of it.
+        if shared.events.sleeping.load(Ordering::Relaxed) > 0 {
             for thread in &self.threads {
                 thread.thread().unpark();
             }
         }
     }
 
-    /// Lets nobody in any more and waits for those who are inside: the job may be forgotten then.
-    fn close(&self) {
+    /// Works too, and waits until all numbers are worked on. Says whether somebody panicked. `reported` is what all had reported
+    /// before, and then with this job.
+    fn finish(&self, count: usize, reported: &mut usize) -> bool {
         let shared = &self.shared;
-        let state = shared.state.fetch_or(CLOSED, Ordering::AcqRel);
-        let participants = (state & PARTICIPANTS) as usize;
+        let own = shared.work(0, None);
+        let expected = reported.wrapping_add(count - own);
         let mut looks = 0_u32;
-        while shared.done.load(Ordering::Acquire) != participants {
+        while shared.done.0.load(Ordering::Acquire) != expected {
             looks += 1;
             if looks > 1 << 14 {
                 // The core of one of them is at work for somebody else.
@@ -332,12 +375,15 @@ impl Inner {
                 std::hint::spin_loop();
             }
         }
+        *reported = expected;
+        let panicked = &shared.events.panicked;
+        panicked.load(Ordering::Relaxed) && panicked.swap(false, Ordering::Relaxed)
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.events.stop.store(true, Ordering::SeqCst);
         for thread in self.threads.drain(..) {
             thread.thread().unpark();
             let _ = thread.join();
@@ -348,207 +394,77 @@ impl Drop for Inner {
 impl Shared {
     /// A thread's life.
     fn serve(&self, thread: usize) {
-        let mut seen = self.state.load(Ordering::Acquire) & !(NEXT - 1);
+        let seat = &self.seats[thread];
+        let mut seen = 0;
         let mut fetch = Fetch::default();
-        loop {
-            let Some(number) = self.next_job(seen) else { return };
-            seen = number;
-            if self.enter(number) {
-                let job = self.job.load(Ordering::Relaxed).cast::<Job<'static>>();
-                // SAFETY: `publish` wrote the pointer before it opened this job, `enter` has read that
-                // opening, and `close` waits for everybody who entered before the job's owner goes on.
-                let job = unsafe { &*job };
-                fetch = job.work(thread).unwrap_or(fetch);
-                self.done.fetch_add(1, Ordering::Release);
-                // Goes on after jobs that say nothing of it, such as attention between two products.
-                fetch.ask(|| self.state.load(Ordering::Relaxed) & !(NEXT - 1) != seen);
+        while self.wait(seat, seen) {
+            // What is left is there when the number is.
+            seen = seat.number.load(Ordering::Acquire);
+            let done = self.work(thread, Some(&mut fetch));
+            if done > 0 {
+                self.done.0.fetch_add(done, Ordering::Release);
             }
+            // Goes on after jobs that say nothing of it, such as attention between two products.
+            fetch.ask(|| seat.is_after(seen));
         }
     }
 
-    /// Waits for a job after `seen`. None when the pool ends.
-    fn next_job(&self, seen: u64) -> Option<u64> {
-        let found = || {
-            let number = self.state.load(Ordering::Acquire) & !(NEXT - 1);
-            (number != seen).then_some(number)
+    /// Works until nothing is left. Gives how many numbers it has taken: all are worked on, or somebody has panicked. `fetch` becomes
+    /// what the job says of it, if it says something.
+    fn work(&self, thread: usize, mut fetch: Option<&mut Fetch>) -> usize {
+        let taken = Cell::new(0);
+        let run = || {
+            let (before, from_own_on) = self.seats.split_at(thread);
+            for (index, seat) in from_own_on.iter().chain(before).enumerate() {
+                while let Some(numbers) = seat.take(index > 0) {
+                    taken.set(taken.get() + numbers.len());
+                    // SAFETY: the seat was filled after its job was written, taking from it has acquired that, and nobody writes
+                    // there before these numbers are reported.
+                    let Some(job) = (unsafe { *seat.job.get() }) else {
+                        unreachable!("a seat is filled with a job")
+                    };
+                    if let (Some(next), Some(fetch)) = (job.next, fetch.take()) {
+                        *fetch = next(thread);
+                    }
+                    numbers.for_each(job.work);
+                }
+            }
         };
-        let started = Instant::now();
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
+            // The others stop soon; the caller passes the panic on.
+            self.events.panicked.store(true, Ordering::Relaxed);
+            let left: usize = self.seats.iter().map(Seat::clear).sum();
+            taken.set(taken.get() + left);
+        }
+        taken.get()
+    }
+
+    /// Waits until a job came after the one of this number. False when the pool ends.
+    fn wait(&self, seat: &Seat, seen: u32) -> bool {
+        let events = &self.events;
+        let mut started = None;
         loop {
             for _ in 0..LOOKS {
-                if let Some(number) = found() {
-                    return Some(number);
+                if seat.is_after(seen) {
+                    return true;
                 }
                 std::hint::spin_loop();
             }
-            if self.stop.load(Ordering::Relaxed) {
-                return None;
-            }
-            if started.elapsed() > SPIN {
-                break;
-            }
-        }
-        self.sleeping.fetch_add(1, Ordering::SeqCst);
-        let number = loop {
-            let number = self.state.load(Ordering::SeqCst) & !(NEXT - 1);
-            if number != seen {
-                break Some(number);
-            }
-            if self.stop.load(Ordering::SeqCst) {
-                break None;
-            }
-            std::thread::park();
-        };
-        self.sleeping.fetch_sub(1, Ordering::SeqCst);
-        number
-    }
-
-    /// Takes part in job `number`, unless it is over.
-    fn enter(&self, number: u64) -> bool {
-        let mut state = self.state.load(Ordering::Acquire);
-        loop {
-            if state & !(NEXT - 1) != number || state & CLOSED != 0 {
+            if events.stop.load(Ordering::Relaxed) {
                 return false;
             }
-            match self
-                .state
-                .compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Acquire)
-            {
-                Ok(_) => return true,
-                Err(now) => state = now,
+            if started.get_or_insert_with(Instant::now).elapsed() <= SPIN {
+                continue;
             }
+            events.sleeping.fetch_add(1, Ordering::SeqCst);
+            if !seat.is_after(seen) && !events.stop.load(Ordering::SeqCst) {
+                std::thread::park();
+            }
+            events.sleeping.fetch_sub(1, Ordering::SeqCst);
+            started = None;
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_number_is_worked_on_once_by_any_count_of_threads() {
-        for threads in 1..5 {
-            let pool = Pool::new(threads).unwrap();
-            assert_eq!(pool.threads(), threads);
-            for round in 0..200 {
-                let count = round * 7 % 61;
-                let hits: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
-                pool.run(count, 1 + round % 4, &|i| {
-                    hits[i].fetch_add(1, Ordering::Relaxed);
-                });
-                assert!(hits.iter().all(|hit| hit.load(Ordering::Relaxed) == 1));
-            }
-        }
-    }
-
-    #[test]
-    fn chunks_are_disjoint_and_all_are_there() {
-        let pool = Pool::new(3).unwrap();
-        let mut items = vec![0_usize; 1001];
-        pool.for_each_chunk(&mut items, 10, |index, chunk| {
-            chunk
-                .iter_mut()
-                .enumerate()
-                .for_each(|(i, x)| *x = index * 10 + i);
-        });
-        assert!(items.iter().enumerate().all(|(i, &x)| i == x));
-    }
-
-    #[test]
-    fn a_share_is_taken_from_both_ends_and_no_number_twice() {
-        let cursor = Cursor(AtomicU64::new(0));
-        let share = 10..21;
-        let take = |grain, from_back| cursor.take(&share, grain, from_back);
-        assert_eq!(take(2, false), Some(10..12));
-        assert_eq!(take(3, true), Some(18..21));
-        assert_eq!(take(4, false), Some(12..16));
-        assert_eq!(take(4, true), Some(16..18));
-        assert_eq!((take(1, false), take(1, true), take(9, true)), (None, None, None));
-        let cursor = Cursor(AtomicU64::new(0));
-        assert_eq!(cursor.take(&share, 64, true), Some(10..21));
-        assert_eq!(cursor.take(&(5..5), 1, false), None);
-    }
-
-    #[test]
-    fn what_is_asked_for_goes_on_where_it_was_left() {
-        // Addresses at which nothing is: to ask for them is all that is done.
-        let mut fetch = Fetch::new([Some(0), Some(1 << 16)], 4096);
-        let looks = std::cell::Cell::new(0);
-        fetch.ask(|| {
-            looks.set(looks.get() + 1);
-            looks.get() == 3
-        });
-        assert_eq!(
-            (fetch.places, fetch.left),
-            ([Some(1024), Some((1 << 16) + 1024)], 1024)
-        );
-        fetch.ask(|| true);
-        assert_eq!(fetch.left, 1024);
-        fetch.ask(|| false);
-        assert_eq!(
-            (fetch.places, fetch.left),
-            ([Some(2048), Some((1 << 16) + 2048)], 0)
-        );
-        let mut nothing = Fetch::new([None; 2], 4096);
-        nothing.ask(|| false);
-        assert_eq!(nothing.places, [None; 2]);
-    }
-
-    #[test]
-    fn who_helps_is_told_what_to_ask_for_and_the_caller_is_too() {
-        let pool = Pool::new(3).unwrap();
-        let told: Vec<AtomicUsize> = (0..3).map(|_| AtomicUsize::new(0)).collect();
-        let next = |thread: usize| {
-            told[thread].fetch_add(1, Ordering::Relaxed);
-            Fetch::new([Some(64 * thread), None], 1 << 12)
-        };
-        let started = Instant::now();
-        while told.iter().any(|count| count.load(Ordering::Relaxed) == 0) {
-            let hits = AtomicUsize::new(0);
-            let work = |_| {
-                hits.fetch_add(1, Ordering::Relaxed);
-                std::thread::yield_now();
-            };
-            pool.run_before(50, 1, &work, Some(&next));
-            assert_eq!(hits.load(Ordering::Relaxed), 50);
-            assert!(started.elapsed() < Duration::from_secs(60), "{told:?}");
-        }
-        let panics = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            pool.run_before(50, 1, &|_| (), Some(&|_| panic!("of what comes next")));
-        }));
-        assert!(panics.is_err());
-    }
-
-    #[test]
-    fn many_callers_take_turns() {
-        let pool = Pool::new(2).unwrap();
-        let total = AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    for _ in 0..200 {
-                        pool.run(16, 1, &|_| {
-                            total.fetch_add(1, Ordering::Relaxed);
-                        });
-                    }
-                });
-            }
-        });
-        assert_eq!(total.into_inner(), 4 * 200 * 16);
-    }
-
-    #[test]
-    fn sleepers_wake_and_a_panic_reaches_the_caller() {
-        let pool = Pool::new(2).unwrap();
-        std::thread::sleep(SPIN * 20);
-        let hits = AtomicUsize::new(0);
-        pool.run(64, 1, &|_| {
-            hits.fetch_add(1, Ordering::Relaxed);
-        });
-        assert_eq!(hits.load(Ordering::Relaxed), 64);
-        let panics = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            pool.run(8, 1, &|i| assert!(i != 5, "number 5"));
-        }));
-        assert!(panics.is_err());
-        pool.run(8, 1, &|_| ());
-    }
-}
+mod tests;

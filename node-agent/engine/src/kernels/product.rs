@@ -86,7 +86,6 @@ impl Compute {
         let next = reading.map(|reading| self.fetches(reading));
         self.pool.run_before(
             total * pieces.len(),
-            grain(total * pieces.len(), self.pool.threads()),
             &|unit| {
                 let (piece, tile) = (pieces[unit / total], unit % total);
                 let index = tiles.partition_point(|(first, ..)| *first <= tile) - 1;
@@ -145,7 +144,6 @@ impl Compute {
         let next = up.next().map(|reading| self.fetches(reading));
         self.pool.run_before(
             total * pieces.len(),
-            grain(total * pieces.len(), self.pool.threads()),
             &|unit| {
                 self.piece(Piece {
                     matrix: up,
@@ -196,12 +194,6 @@ impl Compute {
             self.dispatch.run(Few(piece));
         }
     }
-}
-
-/// Pieces that a thread takes at once: few enough that nobody waits long for the last. (Sixty-four of a vocabulary's matrix were
-/// 1.2 MB, 40 microseconds' work.)
-fn grain(units: usize, threads: usize) -> usize {
-    (units / (threads * 96)).clamp(1, 16)
 }
 
 impl Rows<'_> {

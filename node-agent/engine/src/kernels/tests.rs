@@ -512,11 +512,11 @@ fn a_thread_begins_where_its_share_of_the_next_product_lies() {
     let at = |matrix: &Matrix, tile: usize| Some(matrix.tile(tile).as_ptr().addr());
     assert!(before.next().is_none());
     before.is_followed_by(&[&first, &second], false);
-    // Five tiles on two threads: the first two, the other three.
+    // Five tiles on two threads: the first three, the other two.
     let next = before.next().unwrap();
     assert_eq!(next.share(0, 2), [at(&first, 0), None]);
-    assert_eq!(next.share(1, 2), [at(&first, 2), None]);
-    assert_eq!(next.share(3, 4), [at(&second, 0), None]);
+    assert_eq!(next.share(1, 2), [at(&second, 0), None]);
+    assert_eq!(next.share(3, 4), [at(&second, 1), None]);
     first.is_followed_by(&[&second, &before], true);
     let next = first.next().unwrap();
     assert_eq!(next.share(0, 2), [at(&second, 0), at(&before, 0)]);
