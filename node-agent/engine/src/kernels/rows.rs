@@ -316,7 +316,7 @@ impl Operation for Quantize<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         match self.rows {
-            1 => self.group::<S, 1>(simd),
+            1 => self.lone(simd),
             2 => self.group::<S, 2>(simd),
             3 => self.group::<S, 3>(simd),
             4 => self.group::<S, 4>(simd),
@@ -335,6 +335,72 @@ const TINY: f32 = 3.75e-37;
 type OfRows<T> = [T; LANES];
 
 impl Quantize<'_> {
+    /// A row by itself, as it is in a group to the bit; of one that is not finite, its scales. Nothing is interleaved, so a block stays
+    /// in registers.
+    #[inline(always)]
+    fn lone<S: Simd>(self, simd: S) {
+        /// What a sum of 16 values is always below half of: two sums lie in one float, exactly.
+        const APART: f32 = 4096.0;
+        let blocks = self.scales.len();
+        assert!(self.x.len() == blocks * BLOCK && self.values.len() == blocks * QUADS);
+        assert!(self.corrections.len() == blocks * PARTS);
+        let mut factor = simd.splat(1.0);
+        if let Some(norm) = self.norm {
+            assert!(norm.weight.len() == self.x.len());
+            factor = simd.splat(norm.factor(simd, self.x));
+        }
+        let zero = simd.splat(0.0);
+        let mut suspicion = zero;
+        let (mut parts, count) = self.wanted.parts(blocks);
+        for block in 0..blocks {
+            // SAFETY: the asserted lengths.
+            let (mut a, mut b) = unsafe {
+                let x = self.x.as_ptr().add(block * BLOCK);
+                (simd.load(x), simd.load(x.add(LANES)))
+            };
+            if let Some(norm) = self.norm {
+                // SAFETY: as above.
+                unsafe {
+                    let weight = norm.weight.as_ptr().add(block * BLOCK);
+                    a = simd.mul(simd.mul(a, factor), simd.load(weight));
+                    b = simd.mul(simd.mul(b, factor), simd.load(weight.add(LANES)));
+                }
+            }
+            // Infinity times zero is not a number, and neither is anything added to that.
+            suspicion = simd.fma(a, zero, simd.fma(b, zero, suspicion));
+            let most = simd.reduce_max(simd.max(simd.abs(a), simd.abs(b)));
+            let inverse = simd.splat(127.0 / most.max(TINY));
+            let (a, b) = (simd.round(simd.mul(a, inverse)), simd.round(simd.mul(b, inverse)));
+            // SAFETY: the asserted lengths; four bytes are four values. Products are at most 127, or of no account.
+            unsafe {
+                let to = self.values.as_mut_ptr().add(block * QUADS).cast::<i8>();
+                simd.store_i8(to, a);
+                simd.store_i8(to.add(LANES), b);
+            }
+            let sums = simd.fma(simd.to_float(b), simd.splat(APART), simd.to_float(a));
+            let sums = simd.reduce_add(sums);
+            // Plus zero: minus nothing is nothing, as it is where sums are integers.
+            let second = (sums / APART).round_ties_even() + 0.0;
+            let first = sums - APART * second;
+            let scale = most / 127.0;
+            self.scales[block] = scale;
+            let sums = [first, second, first + second];
+            for part in &mut parts[..count] {
+                let sum = sums[part.sum];
+                self.corrections[part.next] = if part.offset == 0.0 {
+                    (scale * sum).to_bits().cast_signed()
+                } else {
+                    // Both are whole numbers.
+                    (sum * -part.offset) as i32
+                };
+                part.next += part.step;
+            }
+        }
+        if simd.reduce_add(suspicion).is_nan() {
+            self.scales.fill(f32::NAN);
+        }
+    }
+
     #[inline(always)]
     fn group<S: Simd, const R: usize>(self, simd: S) {
         let columns = self.x.len() / R;

@@ -13,6 +13,7 @@ use super::*;
 mod attention;
 mod levels;
 mod pace;
+mod rows;
 #[cfg(target_arch = "x86_64")]
 mod units;
 

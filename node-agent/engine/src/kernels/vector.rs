@@ -74,9 +74,14 @@ impl Norm<'_> {
     #[inline(always)]
     pub(super) fn factor<S: Simd>(&self, simd: S, x: &[f32]) -> f32 {
         let mut squares = [simd.splat(0.0); 2];
-        for (index, start) in (0..x.len()).step_by(LANES).enumerate() {
-            let x = load_part(simd, x, start);
-            squares[index % 2] = simd.fma(x, x, squares[index % 2]);
+        for pair in x.chunks(2 * LANES) {
+            // Both sums stay in registers: which one a vector goes to is known here.
+            let first = load_part(simd, pair, 0);
+            squares[0] = simd.fma(first, first, squares[0]);
+            if pair.len() > LANES {
+                let second = load_part(simd, pair, LANES);
+                squares[1] = simd.fma(second, second, squares[1]);
+            }
         }
         let square = simd.reduce_add(simd.add(squares[0], squares[1]));
         1.0 / (square / x.len() as f32 + self.epsilon).sqrt()
