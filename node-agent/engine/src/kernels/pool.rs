@@ -27,9 +27,6 @@ const LOOKS: u32 = 256;
 /// Of work that reads straight ahead a thread takes one of so many parts of what is left of a share, so it asks seldom, and
 /// nobody waits long for the last.
 const PARTS: u32 = 3;
-/// But not more than this: what it has taken waits for it when its core is taken away. (Sixty-four tiles of a vocabulary's
-/// matrix were 1.2 MB, 40 microseconds' work.)
-const MOST: u32 = 16;
 
 /// Says what a thread reads first in a later job.
 pub(super) type Next<'a> = dyn Fn(usize) -> Fetch + Sync + 'a;
@@ -87,8 +84,8 @@ struct Seat {
     number: AtomicU32,
     /// The fewest numbers that are taken at once.
     grain: AtomicU32,
-    /// Whether the work reads straight ahead from number to number.
-    ahead: AtomicBool,
+    /// The most, of work that reads straight ahead from number to number; 0 for other work.
+    most: AtomicU32,
     /// Written by the caller alone, before `left`, when no number of the job before is left or at work.
     job: UnsafeCell<Option<Job<'static>>>,
 }
@@ -103,7 +100,7 @@ impl Seat {
             left: AtomicU64::new(0),
             number: AtomicU32::new(0),
             grain: AtomicU32::new(1),
-            ahead: AtomicBool::new(false),
+            most: AtomicU32::new(0),
             job: UnsafeCell::new(None),
         }
     }
@@ -128,13 +125,12 @@ impl Seat {
         loop {
             let Range { start, end } = Self::numbers(word);
             let left = end.checked_sub(start).filter(|left| *left > 0)?;
-            // What an older job had for these does no harm.
+            // What an older job had for these does no harm: they only say how many.
             let grain = self.grain.load(Ordering::Relaxed);
-            let ahead = self.ahead.load(Ordering::Relaxed);
-            let part = if ahead { (left / PARTS).min(MOST) } else { 0 };
-            let count = grain.max(part).min(left);
+            let most = self.most.load(Ordering::Relaxed);
+            let count = grain.max((left / PARTS).min(most)).min(left);
             // Who reads straight ahead has asked for what follows: helpers take what lies farthest from there.
-            let from_back = ahead && by_helper;
+            let from_back = most > 0 && by_helper;
             let (taken, rest) = if from_back {
                 (end - count..end, start..end - count)
             } else {
@@ -240,19 +236,26 @@ impl Pool {
     /// # Panics
     /// When `work` panics, or there is so much of it that it would have 2^32 numbers.
     pub(crate) fn run(&self, count: usize, grain: usize, work: &(dyn Fn(usize) + Sync)) {
-        self.run_job(count, grain, Job { work, next: None });
+        self.run_job(count, (grain, 0), Job { work, next: None });
     }
 
-    /// As [`Self::run`], for short work that reads straight ahead from number to number; a thread takes several at once while much
-    /// is left. `next` says what each thread but the caller's asks of memory when it finds no work any more, until the next job.
+    /// As [`Self::run`], for short work that reads straight ahead from number to number; while much is left a thread takes several
+    /// at once, up to `most`: what it has taken waits for it when its core is taken away. `next` says what each thread that took
+    /// part, but the caller's, asks of memory when it finds no work any more, until the next job.
     ///
     /// # Panics
     /// As it does, or when `next` panics.
-    pub(super) fn run_before(&self, count: usize, work: &(dyn Fn(usize) + Sync), next: Option<&Next<'_>>) {
-        self.run_job(count, 1, Job { work, next });
+    pub(super) fn run_before(
+        &self,
+        count: usize,
+        most: usize,
+        work: &(dyn Fn(usize) + Sync),
+        next: Option<&Next<'_>>,
+    ) {
+        self.run_job(count, (1, most.max(1)), Job { work, next });
     }
 
-    fn run_job(&self, count: usize, grain: usize, job: Job<'_>) {
+    fn run_job(&self, count: usize, (grain, most): (usize, usize), job: Job<'_>) {
         let inner = &*self.inner;
         if inner.threads.is_empty() || count <= grain {
             (0..count).for_each(job.work);
@@ -261,7 +264,7 @@ impl Pool {
         assert!(u32::try_from(count).is_ok(), "{count} pieces of work at once");
         let mut reported = inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: `finish` waits until all numbers are worked on. Nothing between here and there panics.
-        unsafe { inner.publish(count, grain, job) };
+        unsafe { inner.publish(count, (grain, most), job) };
         let panicked = inner.finish(count, &mut reported);
         drop(reported);
         assert!(!panicked, "a computing thread panicked");
@@ -331,7 +334,7 @@ impl Inner {
     ///
     /// # Safety
     /// The caller has the turn, and calls [`Self::finish`] before what the job borrows ends.
-    unsafe fn publish(&self, count: usize, grain: usize, job: Job<'_>) {
+    unsafe fn publish(&self, count: usize, (grain, most): (usize, usize), job: Job<'_>) {
         // SAFETY: it only forgets how long the job's parts are borrowed. They are used by who has taken numbers and not reported
         // them yet, and the caller promises to wait for that.
         let job: Job<'static> = unsafe { std::mem::transmute(job) };
@@ -344,14 +347,14 @@ impl Inner {
             // reads this, and nobody will before `left` says that there is something to take.
             unsafe { *seat.job.get() = Some(job) };
             seat.grain.store((grain as u32).max(1), Ordering::Relaxed);
-            seat.ahead.store(job.next.is_some(), Ordering::Relaxed);
+            seat.most.store(most.min(count) as u32, Ordering::Relaxed);
             let word = Seat::word(&(starts(thread)..starts(thread + 1)));
             seat.left.store(word, Ordering::Release);
             let number = seat.number.load(Ordering::Relaxed).wrapping_add(1);
             seat.number.store(number, Ordering::Release);
         }
-        // Who goes to sleep at this moment may be missed: others take its share then, and the next job wakes it. To be sure would
-        // cost every job a wait until the other cores have heard of it.
+        // Who goes to sleep at this moment may be missed: the others do its share, without its help for all of this job, and the
+        // next one wakes it. To be sure would cost every job a wait until the other cores have heard of it.
         if shared.events.sleeping.load(Ordering::Relaxed) > 0 {
             for thread in &self.threads {
                 thread.thread().unpark();
@@ -367,7 +370,7 @@ impl Inner {
         let expected = reported.wrapping_add(count - own);
         let mut looks = 0_u32;
         while shared.done.0.load(Ordering::Acquire) != expected {
-            looks += 1;
+            looks = looks.saturating_add(1);
             if looks > 1 << 14 {
                 // The core of one of them is at work for somebody else.
                 std::thread::yield_now();
@@ -400,9 +403,22 @@ impl Shared {
         while self.wait(seat, seen) {
             // What is left is there when the number is.
             seen = seat.number.load(Ordering::Acquire);
-            let done = self.work(thread, Some(&mut fetch));
-            if done > 0 {
-                self.done.0.fetch_add(done, Ordering::Release);
+            let mut took_part = false;
+            for _ in 0..LOOKS {
+                let done = self.work(thread, Some(&mut fetch));
+                if done > 0 {
+                    took_part = true;
+                    self.done.0.fetch_add(done, Ordering::Release);
+                }
+                // Whoever is quick comes before the last share, the caller's, is laid out.
+                if self.seats[0].number.load(Ordering::Acquire) != seen.wrapping_sub(1) {
+                    break;
+                }
+                std::hint::spin_loop();
+            }
+            if !took_part && seat.most.load(Ordering::Relaxed) > 0 {
+                // What an older job said of this one is read by others by now.
+                fetch = Fetch::default();
             }
             // Goes on after jobs that say nothing of it, such as attention between two products.
             fetch.ask(|| seat.is_after(seen));
@@ -415,7 +431,8 @@ impl Shared {
         let taken = Cell::new(0);
         let run = || {
             let (before, from_own_on) = self.seats.split_at(thread);
-            for (index, seat) in from_own_on.iter().chain(before).enumerate() {
+            // Shares are laid out from the last on.
+            for (index, seat) in from_own_on.iter().chain(before.iter().rev()).enumerate() {
                 while let Some(numbers) = seat.take(index > 0) {
                     taken.set(taken.get() + numbers.len());
                     // SAFETY: the seat was filled after its job was written, taking from it has acquired that, and nobody writes
@@ -430,7 +447,9 @@ impl Shared {
                 }
             }
         };
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
+        if let Err(payload) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+            // To drop it could panic again, where nobody would report what is taken.
+            std::mem::forget(payload);
             // The others stop soon; the caller passes the panic on.
             self.events.panicked.store(true, Ordering::Relaxed);
             let left: usize = self.seats.iter().map(Seat::clear).sum();

@@ -84,8 +84,10 @@ impl Compute {
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         let reading = targets.last().and_then(|target| target.matrix.next());
         let next = reading.map(|reading| self.fetches(reading));
+        let columns = targets.first().map_or(0, |target| target.matrix.columns());
         self.pool.run_before(
             total * pieces.len(),
+            at_once(count - of_prompts, columns),
             &|unit| {
                 let (piece, tile) = (pieces[unit / total], unit % total);
                 let index = tiles.partition_point(|(first, ..)| *first <= tile) - 1;
@@ -144,6 +146,7 @@ impl Compute {
         let next = up.next().map(|reading| self.fetches(reading));
         self.pool.run_before(
             total * pieces.len(),
+            at_once(count - of_prompts, 2 * up.columns()),
             &|unit| {
                 self.piece(Piece {
                     matrix: up,
@@ -194,6 +197,14 @@ impl Compute {
             self.dispatch.run(Few(piece));
         }
     }
+}
+
+/// Most pieces of so many rows that a thread takes at once: some ten or twenty microseconds' work. (Sixty-four tiles of a
+/// vocabulary's matrix for a single row were 1.2 MB, 40 microseconds.)
+fn at_once(rows: usize, columns: usize) -> usize {
+    // What memory gives limits a few rows, whose time hardly depends on their number.
+    let of_a_piece = rows.clamp(4, PIECE_ROWS) * columns;
+    ((1 << 17) / of_a_piece.max(1)).clamp(1, 16)
 }
 
 impl Rows<'_> {
