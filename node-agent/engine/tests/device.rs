@@ -105,7 +105,7 @@ fn as_people_run_it_differences_are_those_of_rounding() {
     let (widest, equal) = compare(&model(SMOLLM2), false, &PROMPTS[..16]);
     // The bounds that the kernels themselves are held to against the oracle.
     assert!(widest < 0.5, "{widest}");
-    // Which ones are equal differs from processor to processor.
+    // Enough was compared up to its end. (Seven are equal where matrix units read prompts.)
     assert!(equal >= 4, "{equal} of 16 answers are equal");
 }
 
