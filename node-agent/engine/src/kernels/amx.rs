@@ -15,6 +15,7 @@ use std::arch::x86_64::{
     _mm512_storeu_si512, _mm512_ternarylogic_epi32,
 };
 use std::f32::consts::LOG2_E;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::rows::BLOCK;
@@ -296,18 +297,19 @@ pub(super) fn unpack<L: Layout>(
 ) {
     assert!(first.is_multiple_of(L::SHARED) && count.is_multiple_of(L::SHARED));
     assert!(first + count <= blocks && count <= to.len());
-    assert!(tile.len() >= blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES);
+    assert!(tile.len() >= L::tile_bytes(blocks));
     let mut to = to.as_mut_ptr().cast::<i32>();
-    let [mut next_numbers, mut next_factors] = places::<L>(next, blocks, first_next);
+    let ahead = next.as_ptr().wrapping_add(L::scales_at(first_next));
+    let mut asked = 0;
     // SAFETY (all below): the assertions, and that of `simd`.
     unsafe {
-        let [mut numbers, mut factors] = places::<L>(tile, blocks, first);
-        for _ in 0..count / L::SHARED {
-            let scales = Scales::<Avx512, L>::begin(simd, factors);
-            factors = factors.add(L::SCALE_BYTES);
-            next_factors = ask(simd, next_factors, L::SCALE_BYTES);
+        for first_shared in (first..first + count).step_by(L::SHARED) {
+            let scales = Scales::<Avx512, L>::begin(simd, tile.as_ptr().add(L::scales_at(first_shared)));
+            let mut numbers = tile.as_ptr().add(L::numbers_at(first_shared));
             for block in 0..L::SHARED {
-                next_numbers = ask(simd, next_numbers, L::NUMBER_BYTES);
+                let until = L::numbers_at(first_shared + block + 1) - L::scales_at(first);
+                ask(simd, ahead, asked..until);
+                asked = until;
                 for half in 0..L::HALVES {
                     let [scale, minimum] = scales.of_half(simd, block, half);
                     // Numbers come as 256 and more.
@@ -339,20 +341,12 @@ pub(super) fn unpack<L: Layout>(
     }
 }
 
-/// Where a block's numbers and scales lie in a tile.
+/// Asks memory for lines that begin in a range of bytes from a place.
 #[inline(always)]
-fn places<L: Layout>(tile: &[u8], blocks: usize, block: usize) -> [*const u8; 2] {
-    let factors = blocks * L::NUMBER_BYTES + block / L::SHARED * L::SCALE_BYTES;
-    [block * L::NUMBER_BYTES, factors].map(|place| tile.as_ptr().wrapping_add(place))
-}
-
-/// Asks memory for some bytes. Gives what lies behind them.
-#[inline(always)]
-fn ask(simd: Avx512, from: *const u8, bytes: usize) -> *const u8 {
-    for line in (0..bytes).step_by(64) {
+fn ask(simd: Avx512, from: *const u8, range: Range<usize>) {
+    for line in range.step_by(64) {
         simd.prefetch(from.wrapping_add(line));
     }
-    from.wrapping_add(bytes)
 }
 
 /// 256 plus the bytes that lie in bits 15 to 22: the upper bits of a float's fraction.

@@ -215,6 +215,17 @@ impl Dispatch {
         }
     }
 
+    /// Whether a single row is multiplied faster where the processor alone reads ahead. Measured on Zen 4: of what a program asks
+    /// for two dozen lines are on their way at once, 21 GB/s for a core; of its own accord it reads up to 34 GB/s of what lies
+    /// straight ahead. Two threads decode a small model of Q4_1 a fifth faster so, of Q8_0 an eighth; eight rows lose a tenth
+    /// and more, whose products do not keep it busy enough.
+    fn reads_ahead(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Level::Avx512 && x86::is_of_amd();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Runs an operation with this level's instructions.
     #[inline]
     pub(crate) fn run<O: Operation>(self, operation: O) -> O::Output {

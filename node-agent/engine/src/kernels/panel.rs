@@ -94,11 +94,11 @@ impl<S: Simd, L: Layout> Form<S> for Kept<'_, S, L> {
     }
 }
 
-/// Where some blocks lie in a tile: their numbers, and the scales that the first of them shares.
+/// Some blocks of a tile.
 #[derive(Clone, Copy)]
 struct Source {
-    numbers: *const u8,
-    factors: *const u8,
+    tile: *const u8,
+    first: usize,
 }
 
 /// Writes the products of a tile with groups of 8 rows.
@@ -120,7 +120,7 @@ pub(super) unsafe fn times_groups<S: Simd, L: Layout>(
     let blocks = rows.columns() / BLOCK;
     // Products of bytes take them from the tile, and would leave nothing in the panel.
     assert!(L::BITS < 8 && blocks.is_multiple_of(L::SHARED));
-    assert!(tile.len() >= blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES);
+    assert!(tile.len() >= L::tile_bytes(blocks));
     let mut panel = Panel::<S> {
         count: 0,
         numbers: [MaybeUninit::uninit(); BLOCKS * BLOCK_BYTES],
@@ -133,10 +133,8 @@ pub(super) unsafe fn times_groups<S: Simd, L: Layout>(
         // as many, and room in `out`. The panel is filled here, or by the first pass.
         unsafe {
             let source = Source {
-                numbers: tile.as_ptr().add(first * L::NUMBER_BYTES),
-                factors: tile
-                    .as_ptr()
-                    .add(blocks * L::NUMBER_BYTES + first / L::SHARED * L::SCALE_BYTES),
+                tile: tile.as_ptr(),
+                first,
             };
             let mut unfilled = fills::<S, L>().then_some(source);
             if unfilled.is_none() {
@@ -207,17 +205,17 @@ impl<S: Simd> Panel<S> {
         &mut self,
         simd: S,
         ahead: &mut Ahead,
-        mut source: Source,
+        source: Source,
         mut x: Place,
         total: &mut [S::F; M],
     ) {
         let mut numbers = self.numbers.as_mut_ptr().cast::<u8>();
         let mut scales = self.scales.as_mut_ptr().cast::<[S::F; 2]>();
-        for _ in 0..self.count / L::SHARED {
+        for first in (source.first..source.first + self.count).step_by(L::SHARED) {
             // SAFETY: the caller's promise; a panel has room for [`BLOCKS`] blocks, each of 8 quads of 64 bytes.
             unsafe {
-                let shared = Scales::<S, L>::begin(simd, source.factors);
-                source.factors = source.factors.add(L::SCALE_BYTES);
+                let shared = Scales::<S, L>::begin(simd, source.tile.add(L::scales_at(first)));
+                let mut packed = source.tile.add(L::numbers_at(first));
                 for block in 0..L::SHARED {
                     ahead.ask(simd);
                     let kept = Kept {
@@ -228,8 +226,8 @@ impl<S: Simd> Panel<S> {
                         to_numbers: numbers,
                         to_scales: scales,
                     };
-                    add_block::<S, L, M, GROUP, _>(simd, total, source.numbers, x, kept);
-                    source.numbers = source.numbers.add(L::NUMBER_BYTES);
+                    add_block::<S, L, M, GROUP, _>(simd, total, packed, x, kept);
+                    packed = packed.add(L::NUMBER_BYTES);
                     (numbers, scales) = (numbers.add(BLOCK_BYTES), scales.add(L::HALVES));
                     x = x.further::<L, GROUP>(1);
                 }

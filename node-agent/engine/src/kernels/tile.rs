@@ -39,14 +39,15 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
         }, _ => {});
     }
     // Where a panel was, its products have asked already.
-    let mut ahead = if done == 0 {
+    let single = matches!(piece, [group] if group.rows == 1);
+    let mut ahead = if done > 0 || single && matrix.is_read_ahead() {
+        Ahead::nothing()
+    } else {
         Ahead::new(
             data,
             matrix,
             left.iter().map(|group| passes::<S>(group.rows)).sum(),
         )
-    } else {
-        Ahead::nothing()
     };
     for &group in left {
         let out = products.rows(done, group.rows);
@@ -54,7 +55,7 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
             let view = rows.quantized.view(group);
             let blocks = view.scales.len() / group.rows;
             assert!(blocks.is_multiple_of(L::SHARED));
-            assert!(data.len() >= blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES);
+            assert!(data.len() >= L::tile_bytes(blocks));
             // SAFETY: the tile has as many blocks as the rows, by the assertion; `view` cut its slices to
             // the group; `out` has room for the group's rows.
             unsafe { quantized_group::<S, L, MANY>(simd, data, &mut ahead, view, out) }
@@ -221,13 +222,11 @@ unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
     mut x: Place,
 ) -> [S::F; M] {
     let mut total = [simd.splat(0.0); M];
-    let mut numbers = tile;
-    // SAFETY (all below): pointers walk block by block through what the caller promised.
-    let mut factors = unsafe { tile.add(blocks * L::NUMBER_BYTES) };
-    for _ in 0..blocks / L::SHARED {
+    for first in (0..blocks).step_by(L::SHARED) {
+        // SAFETY: pointers walk block by block through what the caller promised.
         unsafe {
-            let scales = Scales::<S, L>::begin(simd, factors);
-            factors = factors.add(L::SCALE_BYTES);
+            let scales = Scales::<S, L>::begin(simd, tile.add(L::scales_at(first)));
+            let mut numbers = tile.add(L::numbers_at(first));
             for block in 0..L::SHARED {
                 ahead.ask(simd);
                 add_block::<S, L, M, G, _>(

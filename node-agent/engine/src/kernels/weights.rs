@@ -12,6 +12,7 @@ use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
 
 use super::Compute;
+use super::lines::LINE;
 use super::memory::{Memory, Piece};
 use super::pool::{SharedMut, share_start};
 use super::rows::{BLOCK, Corrections};
@@ -103,6 +104,34 @@ pub(super) trait Layout {
     };
     /// Bytes of the shared scale and minimum.
     const HEAD_BYTES: usize = 2 * LANES * if Self::MINIMUM { 2 } else { 1 };
+    /// Blocks whose scales lie together, before their numbers: those that share scales, or twice as many where their scales end
+    /// in the middle of a line.
+    const TOGETHER: usize = if Self::SCALE_BYTES.is_multiple_of(LINE) {
+        Self::SHARED
+    } else {
+        2 * Self::SHARED
+    };
+    /// Bytes of those scales, so that numbers begin with a line.
+    const SCALES_BYTES: usize = (Self::TOGETHER / Self::SHARED * Self::SCALE_BYTES).next_multiple_of(LINE);
+
+    /// Where a block's numbers begin in a tile.
+    #[inline(always)]
+    fn numbers_at(block: usize) -> usize {
+        (block / Self::TOGETHER + 1) * Self::SCALES_BYTES + block * Self::NUMBER_BYTES
+    }
+
+    /// Where the scales of a block, the first of those that share them, begin in a tile.
+    #[inline(always)]
+    fn scales_at(block: usize) -> usize {
+        let (part, index) = (block / Self::TOGETHER, block % Self::TOGETHER);
+        part * (Self::SCALES_BYTES + Self::TOGETHER * Self::NUMBER_BYTES)
+            + index / Self::SHARED * Self::SCALE_BYTES
+    }
+
+    /// Bytes of so many blocks.
+    fn tile_bytes(blocks: usize) -> usize {
+        blocks.div_ceil(Self::TOGETHER) * Self::SCALES_BYTES + blocks * Self::NUMBER_BYTES
+    }
 }
 
 macro_rules! layout {
@@ -171,6 +200,8 @@ pub(crate) struct Matrix {
     tile_bytes: usize,
     /// Bytes.
     ahead: usize,
+    /// Whether a single row's products ask for nothing ahead.
+    is_read_ahead: bool,
     data: Piece,
     next: OnceLock<Reading>,
 }
@@ -252,11 +283,11 @@ impl Format {
 
     fn tile_bytes(self, columns: usize) -> usize {
         let blocks = columns.div_ceil(BLOCK);
-        let bytes = with_layout!(self, L => blocks * L::NUMBER_BYTES + blocks / L::SHARED * L::SCALE_BYTES, _ => {
+        let bytes = with_layout!(self, L => L::tile_bytes(blocks), _ => {
             let number = if self == Self::F32 { 4 } else { 2 };
             columns * LANES * number
         });
-        bytes.next_multiple_of(64)
+        bytes.next_multiple_of(LINE)
     }
 }
 
@@ -309,7 +340,7 @@ impl Matrix {
                 let end = rows.min((tile + 1) * LANES);
                 for (lane, row) in (tile * LANES..end).enumerate() {
                     let row = &bytes[row * row_bytes..(row + 1) * row_bytes];
-                    pack_row(format, dtype, row, columns, lane, tile_data);
+                    pack_row(format, dtype, row, lane, tile_data);
                 }
             });
             let rows = (first * LANES)..rows.min((first + count) * LANES);
@@ -321,6 +352,9 @@ impl Matrix {
             columns,
             format,
             tile_bytes,
+            // Taking factors apart holds the processor up: it asks too late then.
+            is_read_ahead: compute.dispatch.reads_ahead()
+                && with_layout!(format, L => !L::FACTORS, _ => false),
             ahead: (share / 8).clamp(LEAST_REACH, compute.dispatch.reach()),
             data,
             next: OnceLock::new(),
@@ -374,6 +408,11 @@ impl Matrix {
         self.ahead
     }
 
+    /// Whether the processor by itself reads fast enough ahead of a single row's products.
+    pub(super) fn is_read_ahead(&self) -> bool {
+        self.is_read_ahead
+    }
+
     pub(super) fn tiles(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
@@ -406,12 +445,12 @@ fn half_at(bytes: &[u8], index: usize) -> u16 {
     u16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]])
 }
 
-fn pack_row(format: Format, dtype: GgmlDType, row: &[u8], columns: usize, lane: usize, tile: &mut [u8]) {
+fn pack_row(format: Format, dtype: GgmlDType, row: &[u8], lane: usize, tile: &mut [u8]) {
     with_layout!(format, L => {
         let mut block = 0;
         for bytes in row.chunks_exact(dtype.type_size()) {
             unpack(dtype, bytes, |unpacked| {
-                write_block::<L>(tile, columns / BLOCK, block, lane, &unpacked);
+                write_block::<L>(tile, block, lane, &unpacked);
                 block += 1;
             });
         }
@@ -459,9 +498,8 @@ pub(super) const fn six_bits_at(index: usize) -> (usize, u32) {
 }
 
 /// Puts 32 weights of one row into their places.
-fn write_block<L: Layout>(tile: &mut [u8], blocks: usize, block: usize, lane: usize, from: &Unpacked) {
-    let (numbers, scales) = tile.split_at_mut(blocks * L::NUMBER_BYTES);
-    let numbers = &mut numbers[block * L::NUMBER_BYTES..][..L::NUMBER_BYTES];
+fn write_block<L: Layout>(tile: &mut [u8], block: usize, lane: usize, from: &Unpacked) {
+    let numbers = &mut tile[L::numbers_at(block)..][..L::NUMBER_BYTES];
     // Four numbers at a time: loading a model is this function, some million times.
     let quads: [u32; BLOCK / 4] =
         std::array::from_fn(|quad| u32::from_le_bytes(std::array::from_fn(|j| from.numbers[4 * quad + j])));
@@ -478,7 +516,7 @@ fn write_block<L: Layout>(tile: &mut [u8], blocks: usize, block: usize, lane: us
     if L::ABOVE > 0 {
         put(above, L::ABOVE_TOGETHER, L::ABOVE, L::BASE);
     }
-    let scales = &mut scales[block / L::SHARED * L::SCALE_BYTES..][..L::SCALE_BYTES];
+    let scales = &mut tile[L::scales_at(block / L::SHARED * L::SHARED)..][..L::SCALE_BYTES];
     let mut half_precision = |index: usize, x: f16| {
         scales[2 * (index * LANES + lane)..][..2].copy_from_slice(&x.to_le_bytes());
     };
@@ -512,10 +550,9 @@ fn write_block<L: Layout>(tile: &mut [u8], blocks: usize, block: usize, lane: us
 }
 
 fn read_row<L: Layout>(tile: &[u8], lane: usize, out: &mut [f32]) {
-    let (numbers, scales) = tile.split_at(out.len() / BLOCK * L::NUMBER_BYTES);
-    let blocks = numbers.chunks_exact(L::NUMBER_BYTES).enumerate();
-    for (out, (block, numbers)) in out.chunks_exact_mut(BLOCK).zip(blocks) {
-        let scales = &scales[block / L::SHARED * L::SCALE_BYTES..][..L::SCALE_BYTES];
+    for (block, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+        let numbers = &tile[L::numbers_at(block)..][..L::NUMBER_BYTES];
+        let scales = &tile[L::scales_at(block / L::SHARED * L::SHARED)..][..L::SCALE_BYTES];
         let shared = |index: usize| f16::from_bits(half_at(scales, index * LANES + lane)).to_f32();
         let factor = |index: usize| {
             if L::SIX_BITS {

@@ -1,6 +1,11 @@
 //! Products of rows of prompts on matrix units. On processors without any there is nothing to compute, and nothing fails.
 
-use super::super::amx::{Units, Work, opened, power_of_two};
+use half::bf16;
+
+use super::super::amx::{HalfTile, Units, Work, opened, power_of_two, unpack};
+use super::super::rows::BLOCK;
+use super::super::simd::LANES;
+use super::super::weights::{Layout, with_layout};
 use super::super::x86::Avx512;
 use super::*;
 
@@ -343,5 +348,60 @@ fn what_is_not_a_number_in_a_prompt_stays_so() {
         let mut out = vec![0.0; rows];
         mixed(&compute, &broken, &x, 1, &mut out, Combine::Store);
         assert!(out[0].is_nan() && out[1..].iter().all(|x| x.is_finite()));
+    }
+}
+
+/// Takes blocks apart as [`super::super::amx::unpack`] does, which wants no matrix units for it.
+///
+/// # Safety
+/// The processor has what [`Level::Avx512`] stands for.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn taken_apart(matrix: &Matrix, tile: usize, first: usize, to: &mut [HalfTile]) {
+    // SAFETY: the features of this very function.
+    let simd = unsafe { Avx512::new() };
+    let (data, blocks, count) = (matrix.tile(tile), matrix.columns() / BLOCK, to.len());
+    with_layout!(matrix.format(), L => {
+        unpack::<L>(simd, data, blocks, (first, count), (data, first), to);
+    }, _ => unreachable!("weights that are not quantised"));
+}
+
+#[test]
+fn blocks_are_taken_apart_from_where_they_lie() {
+    if !Level::Avx512.is_here() {
+        return;
+    }
+    let mut rng = StdRng::seed_from_u64(27);
+    let compute = Compute::new(1, Dispatch(Level::Avx512)).unwrap();
+    let rows = 37;
+    for dtype in QUANTIZED {
+        // Blocks that share a line of scales, with and without a neighbour; or eight that share a scale.
+        let alone = dtype.block_size() == BLOCK;
+        let blocks = if alone { 19 } else { 24 };
+        let columns = blocks * BLOCK;
+        let (bytes, values) = weights(&mut rng, dtype, rows, columns);
+        let matrix = pack(&compute, dtype, &bytes, [rows, columns]);
+        let ranges = if alone {
+            [0..19, 16..19, 5..6]
+        } else {
+            [0..24, 16..24, 8..16]
+        };
+        for (tile, range) in (0..matrix.tiles()).flat_map(|tile| ranges.clone().map(|range| (tile, range))) {
+            let mut to = vec![HalfTile::ZERO; range.len()];
+            // SAFETY: asked above.
+            unsafe { taken_apart(&matrix, tile, range.start, &mut to) };
+            for row in tile * LANES..rows.min((tile + 1) * LANES) {
+                let lane = row % LANES;
+                for (block, to) in range.clone().zip(&to) {
+                    for column in 0..BLOCK {
+                        let expected = values[row * columns + block * BLOCK + column];
+                        let found = bf16::from_bits(to.0[(column / 2 * LANES + lane) * 2 + column % 2]);
+                        assert!(
+                            (found.to_f32() - expected).abs() <= expected.abs() / 256.0 + 1e-6,
+                            "{dtype:?}: column {column} of block {block} of row {row}: {found} {expected}"
+                        );
+                    }
+                }
+            }
+        }
     }
 }
