@@ -299,16 +299,16 @@ pub(super) fn unpack<L: Layout>(
     assert!(first + count <= blocks && count <= to.len());
     assert!(tile.len() >= L::tile_bytes(blocks));
     let mut to = to.as_mut_ptr().cast::<i32>();
-    let ahead = next.as_ptr().wrapping_add(L::scales_at(first_next));
-    let mut asked = 0;
+    let mut asked = L::scales_at(first_next);
     // SAFETY (all below): the assertions, and that of `simd`.
     unsafe {
         for first_shared in (first..first + count).step_by(L::SHARED) {
             let scales = Scales::<Avx512, L>::begin(simd, tile.as_ptr().add(L::scales_at(first_shared)));
             let mut numbers = tile.as_ptr().add(L::numbers_at(first_shared));
             for block in 0..L::SHARED {
-                let until = L::numbers_at(first_shared + block + 1) - L::scales_at(first);
-                ask(simd, ahead, asked..until);
+                let place = first_next + (first_shared - first) + block;
+                let until = L::numbers_at(place) + L::NUMBER_BYTES;
+                ask(simd, next.as_ptr(), asked..until);
                 asked = until;
                 for half in 0..L::HALVES {
                     let [scale, minimum] = scales.of_half(simd, block, half);
@@ -341,7 +341,7 @@ pub(super) fn unpack<L: Layout>(
     }
 }
 
-/// Asks memory for lines that begin in a range of bytes from a place.
+/// Asks memory for the lines of a range of bytes from a place.
 #[inline(always)]
 fn ask(simd: Avx512, from: *const u8, range: Range<usize>) {
     for line in range.step_by(64) {

@@ -204,9 +204,9 @@ impl Dispatch {
         }
     }
 
-    /// How far ahead weights are asked for at most, in bytes. Measured, decoding one sequence: on Zen 4, 64 KiB beside
-    /// 4 gave a 1B model a tenth, and 34 KiB a small one a seventh, while 128 KiB were worse for both; on Zen 3, whose
-    /// second-level cache is half as large, 8 and 16 KiB read a tenth faster than 34 or 64.
+    /// How far ahead weights are asked for at most, in bytes. Measured, decoding one sequence: on Zen 4 (where such rows ask only
+    /// for formats with factors, and for floats, by now), 64 KiB beside 4 gave a 1B model a tenth, while 128 KiB were worse; on
+    /// Zen 3, whose second-level cache is half as large, 8 and 16 KiB read a tenth faster than 34 or 64.
     fn reach(self) -> usize {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
@@ -217,8 +217,8 @@ impl Dispatch {
 
     /// Whether a single row is multiplied faster where the processor alone reads ahead. Measured on Zen 4: of what a program asks
     /// for two dozen lines are on their way at once, 21 GB/s for a core; of its own accord it reads up to 34 GB/s of what lies
-    /// straight ahead. Two threads decode a small model of Q4_1 a fifth faster so, of Q8_0 an eighth; eight rows lose a tenth
-    /// and more, whose products do not keep it busy enough.
+    /// straight ahead. Two threads decode a small model of Q4_1 a fifth faster so, of Q8_0 an eighth (Q4_0, Q5_0, Q5_1 and Zen 5
+    /// follow, unmeasured); eight rows lose a tenth and more.
     fn reads_ahead(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return self.0 == Level::Avx512 && x86::is_of_amd();

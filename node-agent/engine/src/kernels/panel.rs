@@ -94,7 +94,7 @@ impl<S: Simd, L: Layout> Form<S> for Kept<'_, S, L> {
     }
 }
 
-/// Some blocks of a tile.
+/// Some blocks of a tile, from `first` on, which has scales of its own: a multiple of `L::SHARED`.
 #[derive(Clone, Copy)]
 struct Source {
     tile: *const u8,
@@ -164,7 +164,7 @@ impl<S: Simd> Panel<S> {
     /// a source it is filled on the way.
     ///
     /// # Safety
-    /// The panel, or else the source, holds the panel's count of blocks of the layout, a multiple of `L::SHARED` and at most
+    /// The panel, or else the source's tile from its first block on, holds the panel's count of blocks of the layout, a multiple of `L::SHARED` and at most
     /// [`BLOCKS`]; there is a source only where the layout [`fills`] panels so. `x` is at the first of the blocks, of the first
     /// of `M` rows; `out` has room for 16 numbers of each, which are there if they are to `go_on`.
     #[inline(always)]

@@ -78,7 +78,7 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
 /// Cuts a group into as many rows as the registers hold.
 ///
 /// # Safety
-/// The tile has the group's blocks; `out` has room for 16 numbers a row.
+/// The tile has the group's blocks, a multiple of those that share scales; `out` has room for 16 numbers a row.
 #[inline(always)]
 unsafe fn quantized_group<S: Simd, L: Layout, const MANY: bool>(
     simd: S,
@@ -212,7 +212,8 @@ impl Place {
 /// The innermost loop where no panel is worth its while: one tile, `M` rows of a group of `G`.
 ///
 /// # Safety
-/// `tile` holds `blocks` blocks of the layout; `x` is the first of `M` rows in a group of `G` with as many blocks.
+/// `tile` holds `blocks` blocks of the layout, a multiple of those that share scales; `x` is the first of `M` rows in a group of
+/// `G` with as many blocks.
 #[inline(always)]
 unsafe fn blocks_times_rows<S: Simd, L: Layout, const M: usize, const G: usize>(
     simd: S,

@@ -1,7 +1,7 @@
 //! Matrices of weights, repacked so that sixteen rows are multiplied at once.
 //!
-//! A tile holds 16 rows. Along the columns it goes in blocks of 32: first the numbers of all blocks, then
-//! the scales of all blocks, so both are read straight through. In a block of nibbles, byte `4 * row + j`
+//! A tile holds 16 rows. Along the columns it goes in blocks of 32: the scales of some blocks, then the numbers of those, so
+//! that a tile is read from its beginning to its end. In a block of nibbles, byte `4 * row + j`
 //! of group `g` holds columns `8 g + j` (low) and `8 g + 4 + j` (high): a vector of 64 bytes meets four
 //! columns of the activations. Numbers of 2 and 3 bits lie four in a byte in the same manner. Bits above
 //! the second or fourth follow, of four or eight quads in a byte. So a tile is about as large as the file's rows.

@@ -1,11 +1,12 @@
-//! Products of rows of prompts on matrix units. On processors without any there is nothing to compute, and nothing fails.
+//! Products of rows of prompts on matrix units. On processors without any there is nothing to compute, and nothing fails; blocks
+//! of weights are taken apart wherever AVX-512 is.
 
 use half::bf16;
 
 use super::super::amx::{HalfTile, Units, Work, opened, power_of_two, unpack};
 use super::super::rows::BLOCK;
 use super::super::simd::LANES;
-use super::super::weights::{Layout, with_layout};
+use super::super::weights::with_layout;
 use super::super::x86::Avx512;
 use super::*;
 
