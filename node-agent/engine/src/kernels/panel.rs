@@ -164,8 +164,8 @@ impl<S: Simd> Panel<S> {
     /// a source it is filled on the way.
     ///
     /// # Safety
-    /// The panel, or else the source's tile from its first block on, holds the panel's count of blocks of the layout, a multiple of `L::SHARED` and at most
-    /// [`BLOCKS`]; there is a source only where the layout [`fills`] panels so. `x` is at the first of the blocks, of the first
+    /// The panel, or else the source's tile from its first block on, holds the panel's count of blocks of the layout, a multiple
+    /// of `L::SHARED` and at most [`BLOCKS`]; there is a source only where the layout [`fills`] panels so. `x` is at the first of the blocks, of the first
     /// of `M` rows; `out` has room for 16 numbers of each, which are there if they are to `go_on`.
     #[inline(always)]
     unsafe fn times_rows<L: Layout, const M: usize>(
