@@ -20,8 +20,9 @@ SMOLLM2_Q4_1 = MODELS / fetch.SMOLLM2[0]
 SMOLLM2_Q4_0 = MODELS / "SmolLM2-135M-Instruct.Q4_0.gguf"
 SMOLLM2_Q8_0 = MODELS / "SmolLM2-135M-Instruct.Q8_0.gguf"
 GEMMA3_Q4_K_M = MODELS / fetch.GEMMA3[0]
+WIDE_SMOLLM2 = MODELS / "SmolLM2-135M-wide.F32.gguf"
 SHAPE_1B_Q4_K_M = MODELS / "llama-1b-shape-random.Q4_K_M.gguf"
-# Writes the random weights; the standard library is too slow for a billion of them.
+# Reads and writes weights; the standard library is too slow for a billion of them.
 WRITER_PACKAGES = ("gguf==0.19.0", "numpy==2.4.6")
 
 
@@ -54,6 +55,19 @@ def writer():
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *WRITER_PACKAGES],
                    check=True)
     return python
+
+
+def wide_smollm2():
+    """SmolLM2 in a shape that K-quants fit: the same answers from more channels."""
+    script = Path(__file__).with_name("wide_smollm2.py")
+    put(lambda path: subprocess.run([writer(), script, SMOLLM2_Q8_0, path], check=True), WIDE_SMOLLM2)
+    return WIDE_SMOLLM2
+
+
+def weight_types(path):
+    """What types the weights of a file have, and their shares."""
+    script = Path(__file__).with_name("weight_types.py")
+    return subprocess.run([writer(), script, path], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def shape_1b(target):

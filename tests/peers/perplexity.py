@@ -21,8 +21,9 @@ from llama_cpp import CACHE, tool
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", CACHE / "target"))
 FREEHOLD = Path(os.environ.get("FREEHOLD_BIN", TARGET / "release" / "freehold"))
 CHARACTERS, WINDOW = 92_000, 512
-KINDS = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_1", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_M", "Q6_K", "Q8_0", "F16",
-         "BF16", "F32")
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
+# Of the model with 768 channels. Of 576 llama-quantize makes other types than these.
+WIDE_KINDS = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "F32")
 
 
 def text():
@@ -35,15 +36,13 @@ def text():
 
 def files():
     found = {name: path for name, path in models.provide().items() if "random" not in str(path)}
-    source = next(path for name, path in found.items() if "Q8_0" in name)
-    for kind in KINDS:
-        path = source.with_name(source.name.replace("Q8_0", kind))
-        if not path.is_file():
-            print(f"making {path.name}", file=sys.stderr, flush=True)
-            subprocess.run([tool("llama-quantize"), "--allow-requantize", source, path, kind], check=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if path not in found.values():
-            found[f"SmolLM2-135M {kind}"] = path
+    for name, source, kinds in (("SmolLM2-135M", models.SMOLLM2_Q8_0, KINDS),
+                                ("SmolLM2-135M wide", models.wide_smollm2(), WIDE_KINDS)):
+        for kind in kinds:
+            path = source.with_name(f"{source.name.split('.')[0]}.{kind}.gguf")
+            models.put(lambda staged: models.quantize(source, staged, kind, "--allow-requantize"), path)
+            if path not in found.values():
+                found[f"{name} {kind}"] = path
     return found
 
 
@@ -74,13 +73,14 @@ def main():
     parser.add_argument("--exact", action="store_true", help="without any rounding on both sides")
     arguments = parser.parse_args()
     words = text()
-    print("| file | tokens | Freehold | llama.cpp | difference |\n|---|--:|--:|--:|--:|")
+    print("| file | its weights | tokens | Freehold | llama.cpp | difference |\n|---|---|--:|--:|--:|--:|")
     for name, path in files().items():
         if arguments.only not in name:
             continue
         our, their = (side(path, words, arguments.exact) for side in (ours, theirs))
         change = (our["perplexity"] / their - 1) * 100
-        print(f"| {name} | {our['counted_tokens']} | {our['perplexity']:.4f} | {their:.4f} | {change:+.3f} % |", flush=True)
+        types = models.weight_types(path)
+        print(f"| {name} | {types} | {our['counted_tokens']} | {our['perplexity']:.4f} | {their:.4f} | {change:+.3f} % |", flush=True)
 
 
 if __name__ == "__main__":

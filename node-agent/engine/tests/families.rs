@@ -204,6 +204,22 @@ fn gemma_27b_divides_attention_by_the_root_of_hidden_size_by_heads() {
     }
 }
 
+/// A tensor that nothing reads would be left out of every answer without a word.
+#[test]
+fn a_tensor_without_a_part_in_the_model_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let load = |file: Gguf| Engine::load(&file.write(folder.path()), &EngineOptions::default(), |_| ());
+    let with = |name: &str| tiny_llama().tensor(name, &[32], std::iter::repeat(1.0));
+    let refused = load(with("blk.0.attn_q.bias")).unwrap_err().to_string();
+    for part in ["blk.0.attn_q.bias", "llama", "another model's"] {
+        assert!(refused.contains(part), "{refused}");
+    }
+    assert!(load(with("blk.1.attn_output.bias")).is_err());
+    for beside in ["v.patch_embd.bias", "blk.0.attn_rot_embd.weight"] {
+        load(with(beside)).unwrap();
+    }
+}
+
 /// A context beyond the first is served with the long divisors, a shorter one with the short ones.
 #[test]
 fn phi3_takes_the_divisors_of_the_context_that_is_served() {

@@ -1,5 +1,7 @@
 //! What a decoder is made of, read from a GGUF file and checked against its tensors.
 
+use std::collections::BTreeSet;
+
 use candle_core::quantized::GgmlDType;
 
 use super::rope::{RopeScaling, Yarn};
@@ -364,9 +366,19 @@ impl DecoderConfig {
         shapes
     }
 
-    /// Checks that every tensor is there with its shape.
+    /// Checks that every tensor is there with its shape, and none that would have a part in the answer without being read.
     pub(crate) fn check_tensors(&self, file: &GgufFile) -> Result<(), InvalidModel> {
-        for (name, shape) in self.tensor_shapes() {
+        let shapes = self.tensor_shapes();
+        let read: BTreeSet<&str> = shapes.iter().map(|(name, _)| name.as_str()).collect();
+        let unread = |name: &&String| !read.contains(name.as_str()) && !is_beside_text(name);
+        if let Some(name) = file.tensors().keys().find(unread) {
+            return Err(InvalidModel::unsupported(
+                format!("tensor {name}"),
+                format!("no part of {} as it is computed here", self.architecture),
+                "files with the usual tensors alone: an answer without this one would be another model's",
+            ));
+        }
+        for (name, shape) in shapes {
             let found = file.info(&name)?;
             if found.shape != shape {
                 return Err(InvalidModel::inconsistent(
@@ -404,6 +416,17 @@ fn global_every(file: &GgufFile) -> Result<Option<usize>, InvalidModel> {
         Some(value) => value.to_u32(KEY)? as usize,
     };
     Ok(Some(every).filter(|&every| every > 0))
+}
+
+/// Tensors that a text's answer does without: the output's matrix, which is looked for by itself; divisors for contexts of
+/// another length; frequencies that old files carry beside the numbers they come from; and eyes and ears.
+fn is_beside_text(name: &str) -> bool {
+    const WHOLE: &[&str] = &["output.weight", ROPE_SHORT, ROPE_LONG];
+    const BEGINNINGS: &[&str] = &["v.", "a.", "mm."];
+    const ENDS: &[&str] = &[".attn_rot_embd.weight", ".attn_rot_embd", ".rope_freqs.weight"];
+    WHOLE.contains(&name)
+        || BEGINNINGS.iter().any(|beginning| name.starts_with(beginning))
+        || ENDS.iter().any(|end| name.ends_with(end))
 }
 
 /// Norms and biases are no quantised numbers.
