@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use freehold_fuzz::gguf::{tiny_gemma, tiny_llama, tiny_qwen2, tiny_qwen3};
+use freehold_fuzz::gguf::{tiny_gemma, tiny_granite, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3};
 
 fn main() {
     let folder = std::env::args().nth(1).expect("a folder to write to");
@@ -15,6 +15,8 @@ fn main() {
         ("gemma", tiny_gemma()),
         ("qwen2", tiny_qwen2()),
         ("qwen3", tiny_qwen3()),
+        ("phi3", tiny_phi3()),
+        ("granite", tiny_granite()),
     ];
     for (name, file) in sound {
         let bytes = file.bytes();
