@@ -47,6 +47,13 @@ fn prompts(engine: &Engine) -> Vec<(&'static str, Prompt)> {
                 "Write this text again with every \"Ostermoor\" changed to \"Westfall\":\n\n{PASSAGE}"
             )),
         ),
+        (
+            "summary",
+            chat(format!(
+                "Summarise this text in three points, and quote for each the sentence that it comes from, word for word:\n\n\
+                {PASSAGE}"
+            )),
+        ),
         ("json", Prompt::Text(rows)),
         (
             "list",

@@ -53,13 +53,18 @@ fn a_draft_model_guesses_well_and_changes_no_answer() {
         let found = answer(&engine, request.clone());
         assert_eq!((&found.text, &found.tokens), (&expected.text, &expected.tokens));
     }
+    // How much is guessed depends on what a guess costs, and that on what else the machine does meanwhile; how many guesses come
+    // true does not, nor that each saves a step.
     let progress = engine.progress();
-    assert!(progress.accepted_tokens > 30, "{progress:?}");
     assert!(
         progress.accepted_tokens * 3 > progress.guessed_tokens,
         "{progress:?}"
     );
-    assert!(progress.steps * 4 < plain.progress().steps * 3, "{progress:?}");
+    assert!(
+        progress.steps + progress.accepted_tokens <= plain.progress().steps + requests.len() as u64,
+        "{progress:?}, and without a draft {:?}",
+        plain.progress()
+    );
 
     // All at once, and once more beside a long text that is being read.
     let long = request(tokens(&engine, &PROMPTS.join(" ").repeat(3))[..400].to_vec(), 2);
