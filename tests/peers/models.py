@@ -3,6 +3,7 @@
 The published files come through `tests/fetch.py`; their other formats are made with llama-quantize. The file
 in the shape of a 1B llama has random weights: it says how fast such a model runs, and nothing else."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def quantize(source, target, kind, *options):
         sys.exit(f"llama-quantize failed:\n{done.stderr}")
 
 
+@functools.cache
 def writer():
     """A Python that has the packages which write GGUF."""
     python = CACHE / "peers" / "venv" / "bin" / "python"

@@ -77,9 +77,9 @@ def main():
     for name, path in files().items():
         if arguments.only not in name:
             continue
+        types = models.weight_types(path)
         our, their = (side(path, words, arguments.exact) for side in (ours, theirs))
         change = (our["perplexity"] / their - 1) * 100
-        types = models.weight_types(path)
         print(f"| {name} | {types} | {our['counted_tokens']} | {our['perplexity']:.4f} | {their:.4f} | {change:+.3f} % |", flush=True)
 
 

@@ -54,6 +54,7 @@ def main(source, out):
         return reader.fields[f"llama.{key}"].contents()
 
     assert told("embedding_length") == NARROW and told("attention.head_count") == NARROW // HEAD_WIDTH
+    assert told("attention.head_count_kv") == NARROW // (OLD_HEADS * HEAD_WIDTH)
     writer.add_name("SmolLM2 135M, 768 channels of which 192 are zero")
     writer.add_block_count(told("block_count"))
     writer.add_embedding_length(WIDE)

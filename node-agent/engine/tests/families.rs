@@ -214,10 +214,35 @@ fn a_tensor_without_a_part_in_the_model_is_refused_by_name() {
     for part in ["blk.0.attn_q.bias", "llama", "another model's"] {
         assert!(refused.contains(part), "{refused}");
     }
-    assert!(load(with("blk.1.attn_output.bias")).is_err());
-    for beside in ["v.patch_embd.bias", "blk.0.attn_rot_embd.weight"] {
+    for unread in [
+        "blk.1.attn_output.bias",
+        "blk.0.rope_freqs.weight",
+        "rope_factors_long.weight",
+        "cls.bias",
+    ] {
+        assert!(load(with(unread)).is_err(), "{unread}");
+    }
+    for beside in [
+        "v.patch_embd.bias",
+        "a.conv1d.1.bias",
+        "mm.soft_emb_norm.weight",
+        "blk.0.attn_rot_embd",
+    ] {
         load(with(beside)).unwrap();
     }
+    let fused = tiny_phi3().tensor("blk.0.attn_qkv.bias", &[32], std::iter::repeat(1.0));
+    assert!(
+        load(fused)
+            .unwrap_err()
+            .to_string()
+            .contains("blk.0.attn_qkv.bias")
+    );
+    // The output's matrix is one of those that are read, and must fit.
+    let narrow = load(with("output.weight")).unwrap_err().to_string();
+    assert!(narrow.contains("output.weight"), "{narrow}");
+    let unsaid = load(tiny_llama().without("llama.attention.layer_norm_rms_epsilon"));
+    let unsaid = unsaid.unwrap_err().to_string();
+    assert!(unsaid.contains("layer_norm_rms_epsilon is missing"), "{unsaid}");
 }
 
 /// A context beyond the first is served with the long divisors, a shorter one with the short ones.

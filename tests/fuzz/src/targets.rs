@@ -8,8 +8,9 @@ use freehold_engine::inspect::inspect;
 use freehold_engine::{ChatTemplate, Engine, EngineOptions, Special, Tokenizer};
 use serde_json::Value;
 
-/// Largest file that is loaded whole: threads and tensors take time, which is better spent on more files.
-const LOADED_BYTES: usize = 64 << 10;
+/// Largest file that is loaded whole: threads and tensors take time, which is better spent on more files. The small models that
+/// fuzzing begins with are below.
+pub const LOADED_BYTES: usize = 192 << 10;
 
 /// Writes bytes to a file of this process's own, in memory where the system has such a place.
 fn file(data: &[u8]) -> PathBuf {

@@ -231,7 +231,10 @@ impl DecoderConfig {
             vocab_size,
             context_length,
             original_context,
-            norm_epsilon: real("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+            norm_epsilon: {
+                let key = key("attention.layer_norm_rms_epsilon");
+                file.value(&key)?.to_f32(&key)?
+            },
             activation: if gemma { Activation::Gelu } else { Activation::Silu },
             rope_pairs: if gemma || qwen2 || qwen3 || phi3 {
                 RopePairs::Halves
@@ -368,14 +371,25 @@ impl DecoderConfig {
 
     /// Checks that every tensor is there with its shape, and none that would have a part in the answer without being read.
     pub(crate) fn check_tensors(&self, file: &GgufFile) -> Result<(), InvalidModel> {
-        let shapes = self.tensor_shapes();
-        let read: BTreeSet<&str> = shapes.iter().map(|(name, _)| name.as_str()).collect();
+        let mut shapes = self.tensor_shapes();
+        if file.tensors().contains_key("output.weight") {
+            shapes.push((
+                "output.weight".to_owned(),
+                vec![self.vocab_size, self.hidden_size],
+            ));
+        }
+        let mut read: BTreeSet<&str> = shapes.iter().map(|(name, _)| name.as_str()).collect();
+        // Of two sets of divisors one is read.
+        if read.contains(ROPE_SHORT) || read.contains(ROPE_LONG) {
+            read.extend([ROPE_SHORT, ROPE_LONG]);
+        }
         let unread = |name: &&String| !read.contains(name.as_str()) && !is_beside_text(name);
         if let Some(name) = file.tensors().keys().find(unread) {
             return Err(InvalidModel::unsupported(
                 format!("tensor {name}"),
                 format!("no part of {} as it is computed here", self.architecture),
-                "files with the usual tensors alone: an answer without this one would be another model's",
+                "files with the usual tensors alone, for an answer without this one could be another model's; take another \
+                 conversion, or another model",
             ));
         }
         for (name, shape) in shapes {
@@ -418,14 +432,12 @@ fn global_every(file: &GgufFile) -> Result<Option<usize>, InvalidModel> {
     Ok(Some(every).filter(|&every| every > 0))
 }
 
-/// Tensors that a text's answer does without: the output's matrix, which is looked for by itself; divisors for contexts of
-/// another length; frequencies that old files carry beside the numbers they come from; and eyes and ears.
+/// Tensors that a text's answer does without: eyes and ears, and frequencies that old files carry beside the numbers they come
+/// from.
 fn is_beside_text(name: &str) -> bool {
-    const WHOLE: &[&str] = &["output.weight", ROPE_SHORT, ROPE_LONG];
     const BEGINNINGS: &[&str] = &["v.", "a.", "mm."];
-    const ENDS: &[&str] = &[".attn_rot_embd.weight", ".attn_rot_embd", ".rope_freqs.weight"];
-    WHOLE.contains(&name)
-        || BEGINNINGS.iter().any(|beginning| name.starts_with(beginning))
+    const ENDS: &[&str] = &[".attn_rot_embd.weight", ".attn_rot_embd"];
+    BEGINNINGS.iter().any(|beginning| name.starts_with(beginning))
         || ENDS.iter().any(|end| name.ends_with(end))
 }
 
@@ -461,6 +473,11 @@ mod tests {
             .u32("gemma3.attention.key_length", head_dim)
             .u32("gemma3.attention.value_length", head_dim)
             .u32("gemma3.attention.sliding_window", 512)
+            .raw(
+                "gemma3.attention.layer_norm_rms_epsilon",
+                6,
+                1e-6_f32.to_le_bytes().into(),
+            )
             .tensor("token_embd.weight", &[u64::from(hidden), 4], 0, 0)
             .data(hidden as usize * 16)
     }
