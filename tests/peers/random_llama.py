@@ -25,6 +25,13 @@ def copy_vocabulary(reader, writer):
         writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
 
 
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main(vocabulary, out):
     reader, writer = GGUFReader(vocabulary), GGUFWriter(out, "llama")
     words = len(reader.fields["tokenizer.ggml.tokens"].data)
@@ -64,10 +71,7 @@ def main(vocabulary, out):
         weights(f"{part}.ffn_gate.weight", INNER, WIDTH)
         weights(f"{part}.ffn_up.weight", INNER, WIDTH)
         weights(f"{part}.ffn_down.weight", WIDTH, INNER)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy
 from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 
-from random_llama import copy_vocabulary
+from random_llama import copy_vocabulary, finish
 
 NARROW, WIDE, HEAD_WIDTH = 576, 768, 64
 # Of those that share keys.
@@ -71,10 +71,7 @@ def main(source, out):
     for tensor in reader.tensors:
         weights = dequantize(tensor.data, tensor.tensor_type)
         writer.add_tensor(tensor.name, widen(tensor.name, weights).astype(numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,13 @@
 
 use std::path::Path;
 
-use freehold_fuzz::gguf::{tiny_gemma, tiny_granite, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3};
+use freehold_fuzz::targets::sound_models;
 
 fn main() {
     let folder = std::env::args().nth(1).expect("a folder to write to");
     let folder = Path::new(&folder);
     std::fs::create_dir_all(folder.join("gguf")).expect("the folder can be made");
-    let sound = [
-        ("llama", tiny_llama()),
-        ("gemma", tiny_gemma()),
-        ("qwen2", tiny_qwen2()),
-        ("qwen3", tiny_qwen3()),
-        ("phi3", tiny_phi3()),
-        ("granite", tiny_granite()),
-    ];
-    for (name, file) in sound {
+    for (name, file) in sound_models() {
         let bytes = file.bytes();
         std::fs::write(folder.join("gguf").join(name), &bytes).expect("a small file");
         // A header with nothing behind it.

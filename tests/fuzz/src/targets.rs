@@ -8,9 +8,23 @@ use freehold_engine::inspect::inspect;
 use freehold_engine::{ChatTemplate, Engine, EngineOptions, Special, Tokenizer};
 use serde_json::Value;
 
-/// Largest file that is loaded whole: threads and tensors take time, which is better spent on more files. The small models that
-/// fuzzing begins with are below.
-pub const LOADED_BYTES: usize = 192 << 10;
+use crate::gguf::{self, Gguf};
+
+/// Largest file that is loaded whole: threads and tensors take time, which is better spent on more files. The models of
+/// [`sound_models`] are below.
+const LOADED_BYTES: usize = 192 << 10;
+
+/// A small model of each family, with its name: what the fuzzer of model files begins with.
+pub fn sound_models() -> Vec<(&'static str, Gguf)> {
+    vec![
+        ("llama", gguf::tiny_llama()),
+        ("gemma", gguf::tiny_gemma()),
+        ("qwen2", gguf::tiny_qwen2()),
+        ("qwen3", gguf::tiny_qwen3()),
+        ("phi3", gguf::tiny_phi3()),
+        ("granite", gguf::tiny_granite()),
+    ]
+}
 
 /// Writes bytes to a file of this process's own, in memory where the system has such a place.
 fn file(data: &[u8]) -> PathBuf {
@@ -25,8 +39,8 @@ fn file(data: &[u8]) -> PathBuf {
     path
 }
 
-/// A model file: looked at, taken apart, and loaded if it claims to be sound.
-pub fn gguf(data: &[u8]) {
+/// A model file: looked at, taken apart, and loaded if it claims to be sound. Says whether it could be loaded.
+pub fn gguf(data: &[u8]) -> bool {
     let path = file(data);
     let looked = inspect(&path);
     if let Ok(file) = GgufFile::open(&path) {
@@ -38,15 +52,16 @@ pub fn gguf(data: &[u8]) {
         }
         let _ = ChatTemplate::from_gguf(&file, String::new(), String::new());
     }
-    if looked.is_ok() && data.len() < LOADED_BYTES {
-        let options = EngineOptions {
-            context_length: Some(32),
-            max_sequences: 1,
-            threads: Some(1),
-            ..EngineOptions::default()
-        };
-        let _ = Engine::load(&path, &options, |_| ());
+    if looked.is_err() || data.len() >= LOADED_BYTES {
+        return false;
     }
+    let options = EngineOptions {
+        context_length: Some(32),
+        max_sequences: 1,
+        threads: Some(1),
+        ..EngineOptions::default()
+    };
+    Engine::load(&path, &options, |_| ()).is_ok()
 }
 
 /// A conversation through a template: `template`, a zero byte, `conversation` in JSON.

@@ -105,7 +105,7 @@ impl DeviceDecoder {
         };
         let shape = [config.vocab_size, config.hidden_size];
         let embedding = source.matrix("token_embd.weight", shape)?;
-        let output = if file.tensors().contains_key("output.weight") {
+        let output = if config.own_output {
             source.matrix("output.weight", shape)?
         } else {
             embedding.clone()

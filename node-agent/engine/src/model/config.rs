@@ -61,6 +61,8 @@ pub(crate) struct DecoderConfig {
     pub(crate) attention_biases: bool,
     /// Queries, keys and values are one matrix, and so are gate and up (Phi 3).
     pub(crate) fused: bool,
+    /// Logits come from a matrix of their own; without it, from the embeddings.
+    pub(crate) own_output: bool,
     /// The tensor with a divisor for each of RoPE's frequencies (Llama 3.1 and later, Phi 3).
     pub(crate) rope_divisors: Option<String>,
     /// Embeddings are multiplied by this.
@@ -260,6 +262,7 @@ impl DecoderConfig {
             output_norms: gemma,
             attention_biases: qwen2,
             fused: phi3,
+            own_output: file.tensors().contains_key("output.weight"),
             rope_divisors: ["rope_freqs.weight", ROPE_SHORT]
                 .into_iter()
                 .find(|name| file.tensors().contains_key(*name))
@@ -319,7 +322,7 @@ impl DecoderConfig {
     }
 
     /// The tensors of the model with their shapes, `[rows, columns]` for matrices.
-    pub(crate) fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
+    fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
         let (hidden, q, kv) = (
             self.hidden_size,
             self.heads * self.head_dim,
@@ -363,6 +366,9 @@ impl DecoderConfig {
                 shapes.push((format!("blk.{layer}.{part}.bias"), vec![size]));
             }
         }
+        if self.own_output {
+            shapes.push(("output.weight".to_owned(), vec![self.vocab_size, hidden]));
+        }
         if let Some(name) = &self.rope_divisors {
             shapes.push((name.clone(), vec![self.rope_dimensions / 2]));
         }
@@ -371,13 +377,7 @@ impl DecoderConfig {
 
     /// Checks that every tensor is there with its shape, and none that would have a part in the answer without being read.
     pub(crate) fn check_tensors(&self, file: &GgufFile) -> Result<(), InvalidModel> {
-        let mut shapes = self.tensor_shapes();
-        if file.tensors().contains_key("output.weight") {
-            shapes.push((
-                "output.weight".to_owned(),
-                vec![self.vocab_size, self.hidden_size],
-            ));
-        }
+        let shapes = self.tensor_shapes();
         let mut read: BTreeSet<&str> = shapes.iter().map(|(name, _)| name.as_str()).collect();
         // Of two sets of divisors one is read.
         if read.contains(ROPE_SHORT) || read.contains(ROPE_LONG) {

@@ -101,7 +101,7 @@ impl Decoder {
         };
         let (hidden, shape) = (config.hidden_size, [config.vocab_size, config.hidden_size]);
         let embedding = Arc::new(source.matrix("token_embd.weight", shape)?);
-        let output = if file.tensors().contains_key("output.weight") {
+        let output = if config.own_output {
             Arc::new(source.matrix("output.weight", shape)?)
         } else {
             Arc::clone(&embedding)
