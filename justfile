@@ -78,8 +78,8 @@ bench-speculation MODEL RUNS="5" *REST:
     cargo run --release -p freehold-engine --example bench_speculation -- {{MODEL}} {{RUNS}} {{REST}}
 
 # What following a schema costs while decoding
-bench-constrained MODEL RUNS="5" TEMPERATURE="0":
-    cargo run --release -p freehold-engine --example bench_constrained -- {{MODEL}} {{RUNS}} {{TEMPERATURE}}
+bench-constrained MODEL RUNS="5" TEMPERATURE="0" TOP_P="0" TOP_K="0":
+    cargo run --release -p freehold-engine --example bench_constrained -- {{MODEL}} {{RUNS}} {{TEMPERATURE}} {{TOP_P}} {{TOP_K}}
 
 # Write what the kustomize base installs: the chart's default values, rendered
 manifests HELM="helm":

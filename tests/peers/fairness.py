@@ -1,9 +1,10 @@
 """Two promises beside llama-server: streams keep their pace while a long prompt is read, and a prompt that was read once
 costs little the second time.
 
-    python3 tests/peers/fairness.py [--rounds 3] [--prompt-words 1300]
+    python3 tests/peers/fairness.py [--rounds 3] [--prompt-words 1300] [--streams 1]
 
-Pace: tokens a second of one stream while a prompt of about 4 thousand tokens is read, as a share of its pace before and after.
+Pace: tokens a second of the streams while a prompt of about 4 thousand tokens is read, as a share of their pace before and after;
+of the stream that fares worst too.
 Again: time to the first token of the same prompt of about 2 thousand tokens, as a share of the first time; and of one that goes on
 with another word."""
 
@@ -71,30 +72,45 @@ def first_token(base_url, text):
     return stream(base_url, text, 1)[0] - begun
 
 
-def measure(command, path, threads, words, seed):
+def paces(times, begun, ended):
+    """Of a stream: pieces a second while a prompt is read, and in the second before and the one after (its own pace falls as its text
+    grows); seconds of its longest pause meanwhile."""
+    if times[0] > begun - 1 or times[-1] < ended + 1:
+        sys.exit("a stream began after the prompt, or ended before it was read: its pace beside it cannot be told")
+    alone = [moment for moment in times if begun - 1 <= moment < begun or ended <= moment < ended + 1]
+    during = [moment for moment in times if begun <= moment < ended]
+    longest = max(after - before for before, after in zip(times, times[1:]) if after >= begun and before < ended)
+    return len(during) / (ended - begun), len(alone) / 2, longest
+
+
+def measure(command, path, threads, words, streams, seed):
     port = run.free_port()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         with run.Served(command(folder, path, threads, port), f"http://127.0.0.1:{port}/v1", "bench", log) as server:
             server.wait(log)
-            found = []
-            thread = threading.Thread(target=lambda: found.extend(stream(server.base_url, "Once upon a time", STREAM_TOKENS)))
-            thread.start()
-            time.sleep(1.5)
+            found = [[] for _ in range(streams)]
+
+            def read(number):
+                beginning = "Once upon a time" + number * " and again"
+                found[number].extend(stream(server.base_url, beginning, STREAM_TOKENS))
+
+            readers = [threading.Thread(target=read, args=[number]) for number in range(streams)]
+            for reader in readers:
+                reader.start()
+            time.sleep(2)
             begun = time.monotonic()
             reading = first_token(server.base_url, prompt(words, seed))
             ended = begun + reading
-            thread.join()
-            if not found or found[-1] < ended + 1:
-                sys.exit("the stream ended before the prompt was read: its pace beside it cannot be told")
-            # A second before and one after: a stream's own pace falls as its text grows.
-            alone = [moment for moment in found if begun - 1 <= moment < begun or ended <= moment < ended + 1]
-            during = [moment for moment in found if begun <= moment < ended]
-            longest = max((b - a for a, b in zip(during, during[1:])), default=reading)
+            for reader in readers:
+                reader.join()
+            told = [paces(times, begun, ended) for times in found]
             text = prompt(words // 2, seed + 1000)
             once, again, further = (first_token(server.base_url, asked) for asked in (text, text, f"{text} onward"))
-    pace = len(alone) / 2
-    return {"pace alone, pieces/s": pace, "pace while a prompt is read, share": len(during) / reading / max(pace, 1),
-            "longest pause of the stream, ms": longest * 1000, "reading the long prompt, ms": reading * 1000,
+    beside, alone = sum(pace for pace, *_ in told), sum(pace for _, pace, _ in told)
+    return {"pace alone, pieces/s": alone, "pace while a prompt is read, share": beside / max(alone, 1),
+            "the worst stream's share": min(pace / max(own, 1) for pace, own, _ in told),
+            "longest pause of a stream, ms": max(longest for *_, longest in told) * 1000,
+            "reading the long prompt, ms": reading * 1000,
             "half of it, first time, ms": once * 1000, "the same again, share": again / once,
             "the same and another word, share": further / once}
 
@@ -104,12 +120,15 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-words", type=int, default=1300)
+    parser.add_argument("--streams", type=int, default=1, help=f"at most {SLOTS - 1}")
     arguments = parser.parse_args()
+    if not 1 <= arguments.streams < SLOTS:
+        parser.error(f"--streams: {arguments.streams}; from 1 to {SLOTS - 1}, for the prompt needs a slot too")
     path = models.provide()["SmolLM2-135M Q4_1"]
     samples = {"Freehold": [], "llama-server": []}
     for number in range(arguments.rounds):
         for who, command in (("Freehold", freehold_command), ("llama-server", peer_command)):
-            samples[who].append(measure(command, path, arguments.threads, arguments.prompt_words, number + 1))
+            samples[who].append(measure(command, path, arguments.threads, arguments.prompt_words, arguments.streams, number + 1))
     print("| figure | Freehold | llama-server |\n|---|--:|--:|")
     for figure in samples["Freehold"][0]:
         ours, theirs = (statistics.median(sample[figure] for sample in samples[who]) for who in samples)

@@ -1,7 +1,7 @@
 //! Decoding freely and held to a schema, in turn: what following it costs.
 //!
-//! `bench_constrained MODEL.gguf [RUNS [TEMPERATURE]]`: medians of tokens a second, one answer and eight at once. The
-//! constraints are loose enough that every answer reaches the same length as the free ones; guesses are off
+//! `bench_constrained MODEL.gguf [RUNS [TEMPERATURE [TOP_P [TOP_K]]]]` (0: off): medians of tokens a second, one answer
+//! and eight at once. The constraints are loose enough that every answer reaches the same length as the free ones; guesses are off
 //! for both, then on for both.
 
 use std::ops::ControlFlow;
@@ -43,14 +43,22 @@ fn constraints() -> Vec<(&'static str, Option<Constraint>)> {
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let Some(path) = arguments.next() else {
-        eprintln!("usage: bench_constrained MODEL.gguf [RUNS [TEMPERATURE]]");
+        eprintln!("usage: bench_constrained MODEL.gguf [RUNS [TEMPERATURE [TOP_P [TOP_K]]]]");
         std::process::exit(2);
     };
     let runs: usize = arguments.next().and_then(|runs| runs.parse().ok()).unwrap_or(5);
-    let temperature: f32 = arguments
-        .next()
-        .and_then(|value| value.parse().ok())
-        .unwrap_or(0.0);
+    let mut number = || {
+        arguments
+            .next()
+            .and_then(|value| value.parse().ok())
+            .unwrap_or(0.0)
+    };
+    let sampling = SamplingParams {
+        temperature: number(),
+        top_p: number(),
+        top_k: number() as u32,
+        ..SamplingParams::default()
+    };
     for speculate in [false, true] {
         let options = EngineOptions {
             context_length: Some(1024),
@@ -69,7 +77,7 @@ fn main() {
         drop(ask(
             &engine,
             constraints().pop().and_then(|(_, constraint)| constraint),
-            temperature,
+            &sampling,
         ));
         println!(
             "guesses {}; the first constraint took {} ms, the tree of tokens included",
@@ -81,7 +89,7 @@ fn main() {
             let mut rates = vec![Vec::new(); kinds.len()];
             for _ in 0..runs {
                 for ((_, constraint), rates) in kinds.iter().zip(&mut rates) {
-                    rates.push(decode(&engine, constraint.as_ref(), answers, temperature));
+                    rates.push(decode(&engine, constraint.as_ref(), answers, &sampling));
                 }
             }
             let mut free = f64::NAN;
@@ -103,7 +111,7 @@ fn main() {
 fn ask(
     engine: &Engine,
     constraint: Option<Constraint>,
-    temperature: f32,
+    sampling: &SamplingParams,
 ) -> (GenerationHandle, Receiver<GenerateEvent>) {
     let request = GenerateRequest {
         id: "bench".to_owned(),
@@ -114,10 +122,9 @@ fn ask(
         constraint,
         stop: Vec::new(),
         sampling: SamplingParams {
-            temperature,
             // The free ones must not end before the others.
             logit_bias: ends(engine).map(|token| (token, -100.0)).collect(),
-            ..SamplingParams::default()
+            ..sampling.clone()
         },
     };
     let (sender, events) = channel();
@@ -141,9 +148,14 @@ fn ends(engine: &Engine) -> impl Iterator<Item = u32> {
 }
 
 /// Tokens a second of all answers together, from the first that began to write to the last that ended.
-fn decode(engine: &Engine, constraint: Option<&Constraint>, answers: usize, temperature: f32) -> f64 {
+fn decode(
+    engine: &Engine,
+    constraint: Option<&Constraint>,
+    answers: usize,
+    sampling: &SamplingParams,
+) -> f64 {
     let asked: Vec<_> = (0..answers)
-        .map(|_| ask(engine, constraint.cloned(), temperature))
+        .map(|_| ask(engine, constraint.cloned(), sampling))
         .collect();
     let mut written = 0;
     let mut began: Option<Instant> = None;

@@ -26,8 +26,9 @@ use watch::{Stint, Watch};
 const SOURCE_LIMIT: usize = 256 << 10;
 /// Longest message of a refusal, in characters.
 const MESSAGE_LIMIT: usize = 400;
-/// Tokens after which all are asked about again: only that refills what llguidance lets an expression cost.
-const ASK_ALL_EVERY: u32 = 64;
+/// Questions about single tokens and steps after which all are asked about: only that refills what llguidance lets an expression
+/// cost.
+const ASK_ALL_EVERY: u32 = 128;
 
 /// What may stand in a schema; annotations are ignored.
 const SCHEMAS: &str = "a JSON schema that some value satisfies, of type, enum, const, anyOf, allOf, oneOf of what \
@@ -207,7 +208,7 @@ pub(crate) struct Guide {
     stint: Arc<Stint>,
     /// Tokens that the tokenizer has.
     tokens: usize,
-    /// Tokens since all were asked about.
+    /// Questions about single tokens and steps since all were asked about.
     since_all: u32,
 }
 
@@ -221,6 +222,7 @@ impl Allowed for Guide {
         if self.since_all >= ASK_ALL_EVERY {
             return Ok(self.all()?.is_allowed(token));
         }
+        self.since_all += 1;
         let valid = self.ask(|matcher| matcher.validate_tokens(&[token]));
         Ok(valid.map_err(followed_no_further)? == 1)
     }

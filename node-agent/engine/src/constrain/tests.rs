@@ -150,12 +150,19 @@ fn each_token_is_allowed_alone_where_it_is_among_all() {
 fn a_long_answer_that_needs_no_other_token_does_not_use_its_grammar_up() {
     let tokenizer = tokenizer();
     let constraint = Constraint::Regex("(.|\n){0,100000}".to_owned());
-    let mut guide = Grammars::default().compile(&constraint, &tokenizer).unwrap();
+    let grammars = Grammars::default();
     let mut rng = StdRng::seed_from_u64(1);
-    for written in 0..30_000 {
-        let token = rng.random_range(2..tokenizer.vocab_size() as u32);
-        assert_eq!(guide.allows(token), Ok(true), "after {written} tokens");
-        assert_eq!(guide.advance(token), Ok(false), "after {written} tokens");
+    // As many questions a token as there may be with `top_p`, and one, as there mostly are.
+    for (questions, tokens) in [(8, 6_000), (1, 30_000)] {
+        let mut guide = grammars.compile(&constraint, &tokenizer).unwrap();
+        for written in 0..tokens {
+            let mut token = 0;
+            for _ in 0..questions {
+                token = rng.random_range(2..tokenizer.vocab_size() as u32);
+                assert_eq!(guide.allows(token), Ok(true), "after {written} tokens");
+            }
+            assert_eq!(guide.advance(token), Ok(false), "after {written} tokens");
+        }
     }
 }
 

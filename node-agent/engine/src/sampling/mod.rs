@@ -13,9 +13,12 @@ use rand::rngs::StdRng;
 use crate::kernels::vector::{argmax, log_sum_exp};
 pub use params::SamplingParams;
 
-/// Tokens that are asked about one by one before all of them are. Each costs a look over all logits and some microseconds,
+/// Tokens that are drawn and asked about before all of them are. Each costs a look over all logits and some microseconds,
 /// all together some hundred; nine of ten times one of the first two is allowed.
 const TRIES: usize = 4;
+/// Tokens that are asked about beyond that, to learn whether the cuts leave one that is allowed: about half of what asking about
+/// all would cost.
+const CUT_TRIES: usize = 4;
 
 /// A chosen token.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,11 +80,11 @@ impl Sampler {
     /// Chooses from `logits` (one for each token of the vocabulary), which it changes.
     pub(crate) fn sample(&mut self, logits: &mut [f32]) -> Sampled {
         self.adjust(logits);
-        self.choose(logits)
+        self.choose(logits, None)
     }
 
     /// Chooses what is allowed from `logits`, which it changes: as if those that are not were taken out first, but
-    /// as a rule only a token or two are asked about, and not all of them.
+    /// as a rule only a few tokens are asked about, and not all of them.
     ///
     /// # Errors
     /// Those of [`Allowed`].
@@ -91,38 +94,73 @@ impl Sampler {
         allowed: &mut dyn Allowed,
     ) -> Result<Sampled, String> {
         self.adjust(logits);
-        // Who counts all that are allowed must know all of them.
-        if self.params.logprobs.is_none() && (self.params.is_greedy() || !self.params.cuts()) {
+        let mut drawn = None;
+        // Who reports what is allowed must know all of it.
+        if self.params.logprobs.is_none() {
             for _ in 0..TRIES {
                 // A token that is drawn again until one is allowed is drawn from those that are.
-                let Some(token) = self.pick(logits) else { break };
+                let Some(token) = self.pick_of_all(logits) else {
+                    break;
+                };
                 if allowed.allows(token)? {
-                    return Ok(self.chosen(token, None, Vec::new()));
+                    if self.outlasts(logits, token, allowed)? {
+                        return Ok(self.chosen(token, None, Vec::new()));
+                    }
+                    drawn = Some(token);
+                    break;
                 }
-                if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = f32::NEG_INFINITY;
-                }
+                take_out(logits, token);
             }
         }
         allowed.mask(logits)?;
-        Ok(self.choose(logits))
+        Ok(self.choose(logits, drawn))
     }
 
-    fn choose(&mut self, logits: &[f32]) -> Sampled {
+    /// Whether the cuts surely leave `token`, which is allowed, as far as a few questions can show it. Takes out what it finds is
+    /// not allowed.
+    fn outlasts(&self, logits: &mut [f32], token: u32, allowed: &mut dyn Allowed) -> Result<bool, String> {
+        if self.params.is_greedy() || !self.params.cuts() {
+            return Ok(true);
+        }
+        let (mut known, mut left) = (Vec::new(), CUT_TRIES);
+        while let Some(undecided) = draw::undecided(&self.params, logits, token, &known, left) {
+            let mut all = true;
+            for other in undecided {
+                left -= 1;
+                all = allowed.allows(other)?;
+                if !all {
+                    take_out(logits, other);
+                    break;
+                }
+                known.push(other);
+            }
+            if all {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Chooses from `logits`; `drawn` where it was drawn from all of them and may be kept.
+    fn choose(&mut self, logits: &[f32], drawn: Option<u32>) -> Sampled {
         let (base, top) = self.report(logits);
-        let token = self.pick(logits).unwrap_or(0);
+        let picked = if !self.params.is_greedy() && self.params.cuts() {
+            draw::of_kept(&self.params, &mut self.rng, logits, drawn)
+        } else {
+            self.pick_of_all(logits)
+        };
+        let token = picked.unwrap_or(0);
         let logit = logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
         let logprob = base.map(|base| logprob(logit, base));
         self.chosen(token, logprob, top)
     }
 
-    /// The likeliest token, or one that is drawn. None when there is none that is likelier than not at all.
-    fn pick(&mut self, logits: &[f32]) -> Option<u32> {
-        let best = argmax(logits)?;
+    /// The likeliest token, or one that is drawn from all. None when none is likelier than not at all.
+    fn pick_of_all(&mut self, logits: &[f32]) -> Option<u32> {
         if self.params.is_greedy() {
-            return Some(best as u32);
+            return argmax(logits).map(|best| best as u32);
         }
-        draw::draw(&self.params, &mut self.rng, logits, best)
+        draw::of_all(&self.params, &mut self.rng, logits)
     }
 
     fn chosen(&mut self, token: u32, logprob: Option<f32>, top: Vec<(u32, f32)>) -> Sampled {
@@ -189,6 +227,12 @@ impl Sampler {
                 .map(|(token, logit)| (token, logprob(logit, base)))
                 .collect(),
         )
+    }
+}
+
+fn take_out(logits: &mut [f32], token: u32) {
+    if let Some(logit) = logits.get_mut(token as usize) {
+        *logit = f32::NEG_INFINITY;
     }
 }
 
