@@ -13,12 +13,13 @@ use crate::kernels::vector::{CHUNK, argmax, weight_sums, weights};
 const DEPTHS: [f32; 2] = [8.0, 25.0];
 /// Logits that are looked over at once for whether any of them matters.
 const LOOK: usize = 64;
+/// Tokens that are drawn from all before those that `top_p` leaves are looked for: of a `top_p` of 0.9 one in ten thousand times
+/// all of them are drawn in vain.
+const DRAWS: usize = 4;
 
 /// Draws one of `[vocabulary]` logits. None when none is above minus infinity.
 pub(super) fn of_all(params: &SamplingParams, rng: &mut StdRng, logits: &[f32]) -> Option<u32> {
-    of(logits, |most| {
-        draw_of_all(rng, logits, most, 1.0 / params.temperature)
-    })
+    of(logits, |most| All::new(params, logits, most)?.draw(rng))
 }
 
 /// Draws one of those that the cuts leave. `drawn`, which was drawn from all, is it if the cuts leave it: had all been drawn
@@ -30,8 +31,17 @@ pub(super) fn of_kept(
     drawn: Option<u32>,
 ) -> Option<u32> {
     of(logits, |most| {
+        let mut drawn = drawn.map(|token| token as usize);
+        // `top_p` alone leaves most of what is drawn, and to see that it does is less work than to find all that it leaves.
+        if let Some(all) = All::new(params, logits, most).filter(|_| params.cuts_by_sum_alone()) {
+            for _ in 0..DRAWS {
+                let token = drawn.take().or_else(|| all.draw(rng))?;
+                if all.likelier_than(token) < f64::from(params.top_p) * all.total {
+                    return Some(token);
+                }
+            }
+        }
         let candidates = kept(params, logits, most);
-        let drawn = drawn.map(|token| token as usize);
         match drawn.filter(|drawn| candidates.iter().any(|(_, token)| token == drawn)) {
             Some(drawn) => Some(drawn),
             None => draw_of_few(rng, &candidates),
@@ -52,38 +62,98 @@ fn of(logits: &[f32], draw: impl FnOnce(f32) -> Option<usize>) -> Option<u32> {
     Some(draw(most).unwrap_or(best) as u32)
 }
 
-/// Draws from all of them: first the chunk, then the token in it.
-fn draw_of_all(rng: &mut StdRng, logits: &[f32], most: f32, scale: f32) -> Option<usize> {
-    let sums = weight_sums(logits, most, scale);
-    let total: f64 = sums.iter().map(|&sum| f64::from(sum)).sum();
-    if !total.is_finite() {
-        // Something among them is no number: the best is.
-        return None;
+/// All tokens with their weights: `e` to the power of how far a logit lies below the largest, in temperatures.
+struct All<'a> {
+    logits: &'a [f32],
+    most: f32,
+    scale: f32,
+    /// Of each [`CHUNK`] tokens.
+    sums: Vec<f32>,
+    total: f64,
+}
+
+impl<'a> All<'a> {
+    /// None when something among them is no number.
+    fn new(params: &SamplingParams, logits: &'a [f32], most: f32) -> Option<Self> {
+        let scale = 1.0 / params.temperature;
+        let sums = weight_sums(logits, most, scale);
+        let total = sums.iter().map(|&sum| f64::from(sum)).sum::<f64>();
+        total.is_finite().then_some(Self {
+            logits,
+            most,
+            scale,
+            sums,
+            total,
+        })
     }
-    let mut point = rng.random::<f64>() * total;
-    let mut buffer = [0.0; CHUNK];
-    let mut last = None;
-    for (index, (chunk, sum)) in logits.chunks(CHUNK).zip(sums).enumerate() {
-        if point >= f64::from(sum) {
-            point -= f64::from(sum);
+
+    /// First the chunk, then the token in it.
+    fn draw(&self, rng: &mut StdRng) -> Option<usize> {
+        let mut point = rng.random::<f64>() * self.total;
+        let mut buffer = [0.0; CHUNK];
+        let mut last = None;
+        for (index, (chunk, &sum)) in self.logits.chunks(CHUNK).zip(&self.sums).enumerate() {
+            if point >= f64::from(sum) {
+                point -= f64::from(sum);
+                continue;
+            }
+            let buffer = &mut buffer[..chunk.len()];
+            weights(chunk, self.most, self.scale, buffer);
+            for (offset, (&weight, logit)) in buffer.iter().zip(chunk).enumerate() {
+                // What was taken out has a weight of next to nothing, not of nothing.
+                if *logit == f32::NEG_INFINITY {
+                    continue;
+                }
+                last = Some(index * CHUNK + offset);
+                point -= f64::from(weight);
+                if point < 0.0 {
+                    return last;
+                }
+            }
+            // Sums of the same numbers in another order: the next chunk's first, or the last there was.
+        }
+        last
+    }
+
+    /// The weight of all that are likelier than `token`; of two alike the first in the vocabulary is.
+    fn likelier_than(&self, token: usize) -> f64 {
+        let own = self.logits[token];
+        let mut sum = 0.0;
+        each_weight(
+            self.logits,
+            (self.most, self.scale),
+            own,
+            |other, logit, weight| {
+                if logit > own || other < token {
+                    sum += f64::from(weight);
+                }
+            },
+        );
+        sum
+    }
+}
+
+/// Calls `found` with each token whose logit is `floor` at least, the logit and its weight.
+fn each_weight(
+    logits: &[f32],
+    (most, scale): (f32, f32),
+    floor: f32,
+    mut found: impl FnMut(usize, f32, f32),
+) {
+    let mut buffer = [0.0; LOOK];
+    for (index, chunk) in logits.chunks(LOOK).enumerate() {
+        // Without a branch for each: few chunks hold any.
+        if !chunk.iter().fold(false, |any, &logit| any | (logit >= floor)) {
             continue;
         }
         let buffer = &mut buffer[..chunk.len()];
         weights(chunk, most, scale, buffer);
-        for (offset, (&weight, logit)) in buffer.iter().zip(chunk).enumerate() {
-            // What was taken out has a weight of next to nothing, not of nothing.
-            if *logit == f32::NEG_INFINITY {
-                continue;
-            }
-            last = Some(index * CHUNK + offset);
-            point -= f64::from(weight);
-            if point < 0.0 {
-                return last;
+        for (offset, (&logit, &weight)) in chunk.iter().zip(&*buffer).enumerate() {
+            if logit >= floor {
+                found(index * LOOK + offset, logit, weight);
             }
         }
-        // Sums of the same numbers in another order: the next chunk's first, or the last there was.
     }
-    last
 }
 
 fn draw_of_few(rng: &mut StdRng, candidates: &[(f32, usize)]) -> Option<usize> {
@@ -127,11 +197,10 @@ pub(super) fn undecided(
         return Some(Vec::new());
     }
     others.retain(|&(weight, other)| other != own.1 && weight >= params.min_p);
-    let counted = (ranks - likelier.len() - 1).min(known.len() + most_open);
-    if counted < others.len() {
-        others.select_nth_unstable_by(counted, by_weight);
-        others.truncate(counted);
-    }
+    leave_likeliest(
+        &mut others,
+        (ranks - likelier.len() - 1).min(known.len() + most_open),
+    );
     others.sort_unstable_by(by_weight);
     let share = f64::from(params.top_p);
     let mut wanted = total(&likelier) * (1.0 - share) / share - f64::from(own.0);
@@ -148,41 +217,66 @@ pub(super) fn undecided(
     (wanted < 0.0 && open.len() <= most_open).then_some(open)
 }
 
-/// Those that `top_k`, `min_p` and `top_p` leave, the likeliest first, with their weights.
+/// Those that `top_k`, `min_p` and `top_p` leave, with their weights.
 fn kept(params: &SamplingParams, logits: &[f32], most: f32) -> Vec<(f32, usize)> {
-    // `top_p` alone is a share of all of them.
-    let all = (params.top_k == 0 && params.min_p <= 0.0).then(|| {
-        let sums = weight_sums(logits, most, 1.0 / params.temperature);
-        sums.iter().map(|&sum| f64::from(sum)).sum::<f64>()
-    });
     let [shallow, deep] = DEPTHS;
-    let mut candidates = within(params, logits, most, shallow);
-    let suffice = match all {
-        _ if params.top_k > 0 => candidates.len() >= params.top_k as usize,
-        Some(all) => total(&candidates) >= f64::from(params.top_p) * all,
-        None => params.min_p >= (-shallow).exp(),
-    };
-    if !suffice {
-        candidates = within(params, logits, most, deep);
-    }
-    candidates.sort_unstable_by(by_weight);
-    if params.top_k > 0 {
-        candidates.truncate(params.top_k as usize);
-    }
-    if params.min_p > 0.0 {
+    let mut wanted = None;
+    let mut candidates = if params.min_p > 0.0 {
         // The best has weight 1, so a weight is relative to it already.
-        candidates.retain(|(weight, _)| *weight >= params.min_p);
+        let mut likely = within(params, logits, most, (-params.min_p.ln() + 0.1).min(deep));
+        likely.retain(|(weight, _)| *weight >= params.min_p);
+        likely
+    } else {
+        let likely = within(params, logits, most, shallow);
+        // `top_p` alone is a share of all of them.
+        wanted = All::new(params, logits, most)
+            .filter(|_| params.cuts_by_sum_alone())
+            .map(|all| f64::from(params.top_p) * all.total);
+        let suffice = match wanted {
+            Some(wanted) => total(&likely) >= wanted,
+            None => params.top_k > 0 && likely.len() >= params.top_k as usize,
+        };
+        if suffice {
+            likely
+        } else {
+            within(params, logits, most, deep)
+        }
+    };
+    if params.top_k > 0 {
+        leave_likeliest(&mut candidates, params.top_k as usize);
     }
     if params.cuts_by_sum() {
-        let all = all.filter(|all| all.is_finite()).unwrap_or(total(&candidates));
-        let mut sum = 0.0;
-        let wanted = candidates.iter().position(|(weight, _)| {
-            sum += f64::from(*weight) / all;
-            sum >= f64::from(params.top_p)
-        });
-        candidates.truncate(wanted.map_or(candidates.len(), |at| at + 1));
+        let wanted = wanted.unwrap_or_else(|| f64::from(params.top_p) * total(&candidates));
+        leave_sum(&mut candidates, wanted);
     }
     candidates
+}
+
+/// Leaves the `count` likeliest, in any order.
+fn leave_likeliest(candidates: &mut Vec<(f32, usize)>, count: usize) {
+    if count < candidates.len() {
+        candidates.select_nth_unstable_by(count, by_weight);
+        candidates.truncate(count);
+    }
+}
+
+/// Leaves the likeliest up to the one with which their weights reach `wanted`, in any order and without sorting them all.
+fn leave_sum(candidates: &mut Vec<(f32, usize)>, mut wanted: f64) {
+    // Those before `start` are left; the one looked for is before `end`.
+    let (mut start, mut end) = (0, candidates.len());
+    while end - start > 1 {
+        let open = &mut candidates[start..end];
+        let half = open.len() / 2;
+        open.select_nth_unstable_by(half, by_weight);
+        let sum = total(&open[..half]);
+        if sum >= wanted {
+            end = start + half;
+        } else {
+            wanted -= sum;
+            start += half;
+        }
+    }
+    candidates.truncate(end);
 }
 
 /// The likeliest first; of two alike, the first in the vocabulary.
@@ -192,21 +286,12 @@ fn by_weight(a: &(f32, usize), b: &(f32, usize)) -> Ordering {
 
 /// Tokens whose logits lie at most `depth` temperatures below the best, with their weights beside it.
 fn within(params: &SamplingParams, logits: &[f32], most: f32, depth: f32) -> Vec<(f32, usize)> {
-    let floor = most - depth * params.temperature;
-    let mut found = Vec::new();
-    for (index, chunk) in logits.chunks(LOOK).enumerate() {
-        // Without a branch for each: few chunks hold any.
-        if !chunk.iter().fold(false, |any, &logit| any | (logit >= floor)) {
-            continue;
-        }
-        for (offset, &logit) in chunk.iter().enumerate() {
-            if logit >= floor {
-                let weight = ((logit - most) / params.temperature).exp();
-                found.push((weight, index * LOOK + offset));
-            }
-        }
-    }
-    found
+    let (floor, scale) = (most - depth * params.temperature, 1.0 / params.temperature);
+    let mut candidates = Vec::new();
+    each_weight(logits, (most, scale), floor, |token, _, weight| {
+        candidates.push((weight, token))
+    });
+    candidates
 }
 
 fn total(candidates: &[(f32, usize)]) -> f64 {

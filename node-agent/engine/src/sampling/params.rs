@@ -103,6 +103,11 @@ impl SamplingParams {
         self.top_p > 0.0 && self.top_p < 1.0
     }
 
+    /// Whether `top_p` leaves tokens out, and nothing else does.
+    pub(super) fn cuts_by_sum_alone(&self) -> bool {
+        self.cuts_by_sum() && self.top_k == 0 && self.min_p <= 0.0
+    }
+
     pub(super) fn penalises_repetition(&self) -> bool {
         self.repetition_penalty > 0.0 && (self.repetition_penalty - 1.0).abs() > 1e-6
     }
