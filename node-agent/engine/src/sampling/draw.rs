@@ -36,7 +36,8 @@ pub(super) fn of_kept(
         if let Some(all) = All::new(params, logits, most).filter(|_| params.cuts_by_sum_alone()) {
             for _ in 0..DRAWS {
                 let token = drawn.take().or_else(|| all.draw(rng))?;
-                if all.likelier_than(token) < f64::from(params.top_p) * all.total {
+                let (_, likelier) = likelier(logits, (most, all.scale), token);
+                if likelier < f64::from(params.top_p) * all.total {
                     return Some(token);
                 }
             }
@@ -114,23 +115,51 @@ impl<'a> All<'a> {
         }
         last
     }
+}
 
-    /// The weight of all that are likelier than `token`; of two alike the first in the vocabulary is.
-    fn likelier_than(&self, token: usize) -> f64 {
-        let own = self.logits[token];
-        let mut sum = 0.0;
-        each_weight(
-            self.logits,
-            (self.most, self.scale),
-            own,
-            |other, logit, weight| {
-                if logit > own || other < token {
-                    sum += f64::from(weight);
-                }
-            },
-        );
-        sum
+/// How many tokens are likelier than `token`, and their weight; of two alike the first in the vocabulary is.
+fn likelier(logits: &[f32], (most, scale): (f32, f32), token: usize) -> (usize, f64) {
+    let own = logits[token];
+    let (mut count, mut sum) = (0, 0.0);
+    each_weight(logits, (most, scale), own, |other, logit, weight| {
+        if logit > own || other < token {
+            count += 1;
+            sum += f64::from(weight);
+        }
+    });
+    (count, sum)
+}
+
+/// Logits and tokens of at most `count` that come after `token`, the likeliest first.
+fn next_likeliest(logits: &[f32], token: usize, count: usize) -> Vec<(f32, usize)> {
+    let own = logits[token];
+    let mut next: Vec<(f32, usize)> = Vec::with_capacity(count + 1);
+    if count == 0 {
+        return next;
     }
+    // What has less is not among them.
+    let mut floor = f32::MIN;
+    for (index, chunk) in logits.chunks(LOOK).enumerate() {
+        if !chunk.iter().fold(false, |any, &logit| any | (logit >= floor)) {
+            continue;
+        }
+        for (offset, &logit) in chunk.iter().enumerate() {
+            let other = index * LOOK + offset;
+            let comes_after = logit < own || (logit == own && other > token);
+            if !(comes_after && logit >= floor) {
+                continue;
+            }
+            let place = next.partition_point(|&(likelier, _)| likelier >= logit);
+            next.insert(place, (logit, other));
+            if next.len() > count {
+                next.pop();
+            }
+            if next.len() == count {
+                floor = next[count - 1].0;
+            }
+        }
+    }
+    next
 }
 
 /// Calls `found` with each token whose logit is `floor` at least, the logit and its weight.
@@ -180,36 +209,35 @@ pub(super) fn undecided(
     known: &[u32],
     most_open: usize,
 ) -> Option<Vec<u32>> {
-    let most = logits.get(argmax(logits)?)?;
-    let candidates = within(params, logits, *most, DEPTHS[0]);
-    let own = *candidates.iter().find(|(_, found)| *found == token as usize)?;
-    let is_likelier = |other: &(f32, usize)| by_weight(other, &own).is_lt();
-    let (likelier, mut others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(is_likelier);
+    let most = *logits.get(argmax(logits)?)?;
+    let own = *logits.get(token as usize)?;
+    let scale = 1.0 / params.temperature;
+    let weight = |logit: f32| ((logit - most) * scale).exp();
     let ranks = if params.top_k > 0 {
         params.top_k as usize
     } else {
         usize::MAX
     };
-    if likelier.len() >= ranks || own.0 < params.min_p {
+    let (rank, likelier) = likelier(logits, (most, scale), token as usize);
+    if rank >= ranks || weight(own) < params.min_p || weight(own).is_nan() {
         return None;
     }
     if !params.cuts_by_sum() {
         return Some(Vec::new());
     }
-    others.retain(|&(weight, other)| other != own.1 && weight >= params.min_p);
-    leave_likeliest(
-        &mut others,
-        (ranks - likelier.len() - 1).min(known.len() + most_open),
+    let others = next_likeliest(
+        logits,
+        token as usize,
+        (ranks - rank - 1).min(known.len() + most_open),
     );
-    others.sort_unstable_by(by_weight);
     let share = f64::from(params.top_p);
-    let mut wanted = total(&likelier) * (1.0 - share) / share - f64::from(own.0);
+    let mut wanted = likelier * (1.0 - share) / share - f64::from(weight(own));
     let mut open = Vec::new();
-    for (weight, other) in others {
-        if wanted < 0.0 {
+    for (logit, other) in others {
+        if wanted < 0.0 || weight(logit) < params.min_p {
             break;
         }
-        wanted -= f64::from(weight);
+        wanted -= f64::from(weight(logit));
         if !known.contains(&(other as u32)) {
             open.push(other as u32);
         }
