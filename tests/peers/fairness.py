@@ -75,7 +75,7 @@ def first_token(base_url, text):
 def paces(times, begun, ended):
     """Of a stream: pieces a second while a prompt is read, and in the second before and the one after (its own pace falls as its text
     grows); seconds of its longest pause meanwhile."""
-    if times[0] > begun - 1 or times[-1] < ended + 1:
+    if not times or times[0] > begun - 1 or times[-1] < ended + 1:
         sys.exit("a stream began after the prompt, or ended before it was read: its pace beside it cannot be told")
     alone = [moment for moment in times if begun - 1 <= moment < begun or ended <= moment < ended + 1]
     during = [moment for moment in times if begun <= moment < ended]

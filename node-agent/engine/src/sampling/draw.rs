@@ -9,12 +9,12 @@ use super::SamplingParams;
 use crate::kernels::vector::{CHUNK, argmax, weight_sums, weights};
 
 /// How far below the best a token's logit may lie, in temperatures: e^-8 of it leaves a few dozen as a rule, and e^-25
-/// leaves out less than a millionth over any vocabulary.
+/// leaves out less than four millionths of a vocabulary of 262144.
 const DEPTHS: [f32; 2] = [8.0, 25.0];
 /// Logits that are looked over at once for whether any of them matters.
 const LOOK: usize = 64;
-/// Tokens that are drawn from all before those that `top_p` leaves are looked for: of a `top_p` of 0.9 one in ten thousand times
-/// all of them are drawn in vain.
+/// Tokens that are drawn from all before those that `top_p` leaves are looked for. At 0.9 all are in vain at most once in ten
+/// thousand times, at 0.5 once in sixteen.
 const DRAWS: usize = 4;
 
 /// Draws one of `[vocabulary]` logits. None when none is above minus infinity.
@@ -33,16 +33,19 @@ pub(super) fn of_kept(
     of(logits, |most| {
         let mut drawn = drawn.map(|token| token as usize);
         // `top_p` alone leaves most of what is drawn, and to see that it does is less work than to find all that it leaves.
-        if let Some(all) = All::new(params, logits, most).filter(|_| params.cuts_by_sum_alone()) {
+        let mut share = None;
+        if params.cuts_by_sum_alone() {
+            let all = All::new(params, logits, most)?;
+            let wanted = f64::from(params.top_p) * all.total;
+            share = Some(wanted);
             for _ in 0..DRAWS {
                 let token = drawn.take().or_else(|| all.draw(rng))?;
-                let (_, likelier) = likelier(logits, (most, all.scale), token);
-                if likelier < f64::from(params.top_p) * all.total {
+                if likelier(logits, (most, all.scale), token, (usize::MAX, wanted)).is_some() {
                     return Some(token);
                 }
             }
         }
-        let candidates = kept(params, logits, most);
+        let candidates = kept(params, logits, most, share);
         match drawn.filter(|drawn| candidates.iter().any(|(_, token)| token == drawn)) {
             Some(drawn) => Some(drawn),
             None => draw_of_few(rng, &candidates),
@@ -117,8 +120,14 @@ impl<'a> All<'a> {
     }
 }
 
-/// How many tokens are likelier than `token`, and their weight; of two alike the first in the vocabulary is.
-fn likelier(logits: &[f32], (most, scale): (f32, f32), token: usize) -> (usize, f64) {
+/// How many tokens are likelier than `token`, and their weight; of two alike the first in the vocabulary is. None when they are
+/// as many as the first bound, or weigh as much as the second.
+fn likelier(
+    logits: &[f32],
+    (most, scale): (f32, f32),
+    token: usize,
+    bounds: (usize, f64),
+) -> Option<(usize, f64)> {
     let own = logits[token];
     let (mut count, mut sum) = (0, 0.0);
     each_weight(logits, (most, scale), own, |other, logit, weight| {
@@ -126,8 +135,9 @@ fn likelier(logits: &[f32], (most, scale): (f32, f32), token: usize) -> (usize, 
             count += 1;
             sum += f64::from(weight);
         }
-    });
-    (count, sum)
+        count < bounds.0 && sum < bounds.1
+    })
+    .then_some((count, sum))
 }
 
 /// Logits and tokens of at most `count` that come after `token`, the likeliest first.
@@ -162,13 +172,14 @@ fn next_likeliest(logits: &[f32], token: usize, count: usize) -> Vec<(f32, usize
     next
 }
 
-/// Calls `found` with each token whose logit is `floor` at least, the logit and its weight.
+/// Calls `found` with each token whose logit is `floor` at least, the logit and its weight, for as long as it says true. Whether it
+/// said so to the end.
 fn each_weight(
     logits: &[f32],
     (most, scale): (f32, f32),
     floor: f32,
-    mut found: impl FnMut(usize, f32, f32),
-) {
+    mut found: impl FnMut(usize, f32, f32) -> bool,
+) -> bool {
     let mut buffer = [0.0; LOOK];
     for (index, chunk) in logits.chunks(LOOK).enumerate() {
         // Without a branch for each: few chunks hold any.
@@ -178,11 +189,12 @@ fn each_weight(
         let buffer = &mut buffer[..chunk.len()];
         weights(chunk, most, scale, buffer);
         for (offset, (&logit, &weight)) in chunk.iter().zip(&*buffer).enumerate() {
-            if logit >= floor {
-                found(index * LOOK + offset, logit, weight);
+            if logit >= floor && !found(index * LOOK + offset, logit, weight) {
+                return false;
             }
         }
     }
+    true
 }
 
 fn draw_of_few(rng: &mut StdRng, candidates: &[(f32, usize)]) -> Option<usize> {
@@ -218,19 +230,22 @@ pub(super) fn undecided(
     } else {
         usize::MAX
     };
-    let (rank, likelier) = likelier(logits, (most, scale), token as usize);
-    if rank >= ranks || weight(own) < params.min_p || weight(own).is_nan() {
+    if weight(own) < params.min_p || weight(own).is_nan() {
         return None;
     }
+    // Each of the others weighs less than the token itself, and so many count at most.
+    let count = known.len() + most_open;
+    let share = f64::from(params.top_p);
+    let bound = if params.cuts_by_sum() {
+        f64::from(weight(own)) * (count + 1) as f64 * share / (1.0 - share)
+    } else {
+        f64::INFINITY
+    };
+    let (rank, likelier) = likelier(logits, (most, scale), token as usize, (ranks, bound))?;
     if !params.cuts_by_sum() {
         return Some(Vec::new());
     }
-    let others = next_likeliest(
-        logits,
-        token as usize,
-        (ranks - rank - 1).min(known.len() + most_open),
-    );
-    let share = f64::from(params.top_p);
+    let others = next_likeliest(logits, token as usize, (ranks - rank - 1).min(count));
     let mut wanted = likelier * (1.0 - share) / share - f64::from(weight(own));
     let mut open = Vec::new();
     for (logit, other) in others {
@@ -245,10 +260,10 @@ pub(super) fn undecided(
     (wanted < 0.0 && open.len() <= most_open).then_some(open)
 }
 
-/// Those that `top_k`, `min_p` and `top_p` leave, with their weights.
-fn kept(params: &SamplingParams, logits: &[f32], most: f32) -> Vec<(f32, usize)> {
+/// Those that `top_k`, `min_p` and `top_p` leave, with their weights. `share`: the weight that `top_p` leaves where nothing else
+/// leaves anything out, of all tokens; else it is of those that the others leave.
+fn kept(params: &SamplingParams, logits: &[f32], most: f32, share: Option<f64>) -> Vec<(f32, usize)> {
     let [shallow, deep] = DEPTHS;
-    let mut wanted = None;
     let mut candidates = if params.min_p > 0.0 {
         // The best has weight 1, so a weight is relative to it already.
         let mut likely = within(params, logits, most, (-params.min_p.ln() + 0.1).min(deep));
@@ -256,11 +271,7 @@ fn kept(params: &SamplingParams, logits: &[f32], most: f32) -> Vec<(f32, usize)>
         likely
     } else {
         let likely = within(params, logits, most, shallow);
-        // `top_p` alone is a share of all of them.
-        wanted = All::new(params, logits, most)
-            .filter(|_| params.cuts_by_sum_alone())
-            .map(|all| f64::from(params.top_p) * all.total);
-        let suffice = match wanted {
+        let suffice = match share {
             Some(wanted) => total(&likely) >= wanted,
             None => params.top_k > 0 && likely.len() >= params.top_k as usize,
         };
@@ -274,7 +285,7 @@ fn kept(params: &SamplingParams, logits: &[f32], most: f32) -> Vec<(f32, usize)>
         leave_likeliest(&mut candidates, params.top_k as usize);
     }
     if params.cuts_by_sum() {
-        let wanted = wanted.unwrap_or_else(|| f64::from(params.top_p) * total(&candidates));
+        let wanted = share.unwrap_or_else(|| f64::from(params.top_p) * total(&candidates));
         leave_sum(&mut candidates, wanted);
     }
     candidates
@@ -317,7 +328,8 @@ fn within(params: &SamplingParams, logits: &[f32], most: f32, depth: f32) -> Vec
     let (floor, scale) = (most - depth * params.temperature, 1.0 / params.temperature);
     let mut candidates = Vec::new();
     each_weight(logits, (most, scale), floor, |token, _, weight| {
-        candidates.push((weight, token))
+        candidates.push((weight, token));
+        true
     });
     candidates
 }

@@ -16,8 +16,8 @@ pub use params::SamplingParams;
 /// Tokens that are drawn and asked about before all of them are. Each costs a look over all logits and some microseconds,
 /// all together some hundred; nine of ten times one of the first two is allowed.
 const TRIES: usize = 4;
-/// Tokens that are asked about beyond that, to learn whether the cuts leave one that is allowed: about half of what asking about
-/// all would cost.
+/// Tokens that are asked about beyond that, to learn whether the cuts leave one that is allowed: their questions take about half
+/// as long as one about all.
 const CUT_TRIES: usize = 4;
 
 /// A chosen token.
