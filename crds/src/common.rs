@@ -148,6 +148,17 @@ pub enum KvType {
     Q8,
 }
 
+/// How finely activations are rounded before they meet quantised weights. Weights of F16, BF16 and F32 meet them as they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Precision {
+    /// To 8 bits, as llama.cpp does it: where two tokens are nearly as likely the other one may be written.
+    #[default]
+    Standard,
+    /// To 16 bits: answers are those of 32-bit floats but where two tokens are all but equally likely. Reading a prompt and
+    /// answering many at once take up to twice as long. On the CPU only.
+    High,
+}
+
 /// Whether a rule holds or only records.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Enforcement {

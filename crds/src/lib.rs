@@ -23,7 +23,7 @@ pub mod health_probe;
 pub mod inference_node;
 pub mod model_deployment;
 
-pub use common::{Device, Enforcement, KvType, ObjectKey, Quantity};
+pub use common::{Device, Enforcement, KvType, ObjectKey, Precision, Quantity};
 pub use governance_policy::{GovernancePolicy, GovernancePolicySpec, GovernancePolicyStatus};
 pub use health_probe::{HealthProbe, HealthProbeSpec, HealthProbeStatus};
 pub use inference_node::{InferenceNode, InferenceNodeSpec, InferenceNodeStatus};

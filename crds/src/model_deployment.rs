@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::common::{Device, KvType, Quantity};
+use crate::common::{Device, KvType, Precision, Quantity};
 
 mod status;
 
@@ -301,6 +301,12 @@ pub struct EngineSettings {
     /// Number format of the KV cache.
     #[serde(default)]
     pub kv_type: KvType,
+    /// How finely activations are rounded before they meet quantised weights. `Standard`: to 8 bits, as llama.cpp does it; where
+    /// two tokens are nearly as likely, the other one may be written. `High`: to 16 bits; answers are those of 32-bit floats but
+    /// where two tokens are all but equally likely, prompts and many requests at once take up to twice as long, and the model
+    /// runs on the CPU.
+    #[serde(default)]
+    pub precision: Precision,
     /// Tokens that the KV cache holds for all requests together; at least one context is. Absent: a full
     /// context for each request. Less memory is reserved with less: requests then share it, and when it
     /// runs out the latest one is set aside and goes on later.
@@ -361,6 +367,7 @@ impl Default for EngineSettings {
             concurrency: default_concurrency(),
             queue: default_queue(),
             kv_type: KvType::F16,
+            precision: Precision::Standard,
             kv_cache_tokens: None,
             prefix_cache: true,
             speculation: true,

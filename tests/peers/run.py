@@ -143,38 +143,42 @@ class Peer:
         return {**found, "load ms": self.load_ms(), "peak MiB": max(peaks) / 2**20}
 
 
-def bench(path, threads, kind, prompt, decode, sequences, *more):
+def bench(path, threads, prompt, decode, sequences, *more):
     """What `freehold bench` says of one file, and its peak of resident memory."""
-    instructions = ["--instructions", HELD[kind][0]] if kind else []
     said, _, peak = finish([FREEHOLD, "bench", path, "--json", "--rounds", "1", "--threads", str(threads), "--prompt-tokens",
                             str(prompt), "--decode-tokens", str(decode), "--sequences", ",".join(map(str, sequences)),
-                            *instructions, *more])
+                            *more])
     return json.loads(said)["engine"], peak
 
 
-def freehold(path, threads, kind):
+def held(kind, precision):
+    """What `freehold bench` is told beyond the ordinary."""
+    return [*(["--instructions", HELD[kind][0]] if kind else []), *(["--precision", precision] if precision != "standard" else [])]
+
+
+def freehold(path, threads, options):
     """Freehold's engine on one file."""
-    engine, peak = bench(path, threads, kind, PREFILL, DECODE, (1, *SEQUENCES))
+    engine, peak = bench(path, threads, PREFILL, DECODE, (1, *SEQUENCES), *options)
     paces = [engine["prefill"], *engine["decode"]]
     found = {figure: pace["tokens_per_second"]["median"] for figure, pace in zip(FIGURES, paces)}
-    return {**found, "load ms": load_ms(path, threads, kind), "peak MiB": peak / 2**20}
+    return {**found, "load ms": load_ms(path, threads, options), "peak MiB": peak / 2**20}
 
 
-def load_ms(path, threads, kind):
+def load_ms(path, threads, options):
     """Of two loads in processes of their own, one right after the other, the second, as with llama.cpp: a machine may
     give freed memory back to its host, and the first process after a rest waits until it has it again."""
     for _ in range(2):
-        engine, _ = bench(path, threads, kind, 16, 4, (1,))
+        engine, _ = bench(path, threads, 16, 4, (1,), *options)
     return engine["load_ms"]["median"]
 
 
 def bandwidth(path, threads):
     """Bytes a second that this machine reads from memory, as `freehold bench` finds it."""
-    engine, _ = bench(path, threads, None, 16, 4, (1,), "--bandwidth")
+    engine, _ = bench(path, threads, 16, 4, (1,), "--bandwidth")
     return engine["memory_bytes_per_second"]
 
 
-def engines(files, rounds, threads, kind):
+def engines(files, rounds, threads, kind, precision):
     """For each file: the samples of both, and llama.cpp's best settings."""
     results = {}
     for name, path in files.items():
@@ -183,7 +187,7 @@ def engines(files, rounds, threads, kind):
         peer.calibrate()
         samples = {"freehold": [], "llama.cpp": []}
         for number in range(rounds):
-            order = [("freehold", lambda: freehold(path, threads, kind)), ("llama.cpp", peer.measure)]
+            order = [("freehold", lambda: freehold(path, threads, held(kind, precision))), ("llama.cpp", peer.measure)]
             for who, measure in order if number % 2 == 0 else reversed(order):
                 tell(f"{name}: round {number + 1} of {rounds}, {who}")
                 samples[who].append(measure())
@@ -341,14 +345,14 @@ def commit():
     return found.stdout.strip() or "unknown"
 
 
-def page(results, spoken, rounds, threads, kind):
+def page(results, spoken, rounds, threads, kind, precision):
     built = f"both held to {kind}: llama.cpp built for that and nothing newer" if kind else "built native"
     lines = [f"{datetime.date.today()}, {machine()}; {threads} threads each; Freehold at commit {commit()}, release build; "
              f"{llama_cpp.version()}, {built}. Medians of {rounds} interleaved rounds; tokens/s where no unit stands.", ""]
-    held = f" --instructions {HELD[kind][0]}" if kind else ""
+    options = "".join(f" {option}" for option in held(kind, precision))
     if results:
         lines += engine_table(results) + ["", (
-            f"Prompts are random tokens. Freehold: `freehold bench FILE --rounds 1 --threads {threads}{held}`, greedy sampling included; "
+            f"Prompts are random tokens. Freehold: `freehold bench FILE --rounds 1 --threads {threads}{options}`, greedy sampling included; "
             f"batches decode after prompts of {SHORT_PROMPT} tokens. llama.cpp: `llama-bench -p {PREFILL} -n {DECODE} -r 1` (no "
             f"sampling, decode from an empty context), `llama-batched-bench -npp {SHORT_PROMPT} -ntg {DECODE} -npl 8,16`, "
             "its load time is what its log says lies between the beginning and readiness (`llama-completion -fit off`); peak MiB is the largest resident memory of the process that "
@@ -383,6 +387,8 @@ def arguments():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--instructions", choices=HELD, help="hold both to these, though the processor has better: how they stand "
                         "on one that has not; engines alone")
+    parser.add_argument("--precision", choices=("standard", "high"), default="standard",
+                        help="Freehold's; with high: engines alone, prints, writes nothing")
     parser.add_argument("--only", default="", help="files whose name holds this text")
     parser.add_argument("--skip-engines", action="store_true", help="measure the chats alone")
     parser.add_argument("--skip-chats", action="store_true", help="measure the engines alone")
@@ -398,7 +404,9 @@ def main():
     missing = HELD[asked.instructions][1] - set(flags()) if asked.instructions else set()
     if missing:
         sys.exit(f"this processor has no {', '.join(sorted(missing))}")
-    written = not (asked.busy or asked.only or asked.skip_engines or (asked.skip_chats and not asked.instructions))
+    engines_alone = asked.skip_chats or asked.instructions is not None or asked.precision != "standard"
+    written = not (asked.busy or asked.only or asked.skip_engines or asked.precision != "standard"
+                   or (asked.skip_chats and not asked.instructions))
     if written:
         place(asked.instructions)
     files = models.provide()
@@ -408,11 +416,11 @@ def main():
         sys.exit(f"the machine is not quiet (load {load:.2f}, allowed {QUIET_LOAD}): end what else runs and wait a minute, "
                  "or give --busy to see figures that are not written")
     chosen = {} if asked.skip_engines else {name: path for name, path in files.items() if asked.only in name}
-    results = engines(chosen, asked.rounds, asked.threads, asked.instructions)
-    spoken = None if asked.skip_chats or asked.instructions else chats(asked.chat_model, files[asked.chat_model], asked.rounds, asked.threads)
+    results = engines(chosen, asked.rounds, asked.threads, asked.instructions, asked.precision)
+    spoken = None if engines_alone else chats(asked.chat_model, files[asked.chat_model], asked.rounds, asked.threads)
     RAW.write_text(json.dumps({"held to": asked.instructions, "engines": results, "chats": spoken}, indent=1))
     tell(f"every sample is in {RAW}")
-    text = page(results, spoken, asked.rounds, asked.threads, asked.instructions)
+    text = page(results, spoken, asked.rounds, asked.threads, asked.instructions, asked.precision)
     print(text)
     if written:
         write(text, asked.instructions)

@@ -30,7 +30,7 @@ pub use constrain::Constraint;
 pub use device::instructions;
 pub use engine::{
     DeviceChoice, Embeddings, Engine, EngineOptions, FinishReason, Finished, GenerateEvent, GenerateRequest,
-    GenerationHandle, LoadProgress, Progress, Prompt, Sink, TokenLogprob,
+    GenerationHandle, LoadProgress, Precision, Progress, Prompt, Sink, TokenLogprob,
 };
 pub use error::{InvalidModel, LoadModel, Reject};
 pub use inspect::{KvType, ModelFacts, ModelFormat, ModelKind};

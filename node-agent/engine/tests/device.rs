@@ -11,14 +11,18 @@ use std::path::Path;
 use common::ask::{Answer, answer, ask, request, tokens};
 use common::gguf::{tiny_llama, tiny_qwen2, tiny_qwen3};
 use common::{GEMMA3, PROMPTS, SMOLLM2, model};
-use freehold_engine::{DeviceChoice, Engine, EngineOptions, KvType};
+use freehold_engine::{DeviceChoice, Engine, EngineOptions, KvType, Precision};
 
 fn options(through_candle: bool, exact: bool) -> EngineOptions {
     EngineOptions {
         context_length: Some(1024),
         max_sequences: 8,
         kv_type: if exact { KvType::F32 } else { KvType::F16 },
-        exact,
+        precision: if exact {
+            Precision::Float
+        } else {
+            Precision::Standard
+        },
         through_candle,
         ..EngineOptions::default()
     }

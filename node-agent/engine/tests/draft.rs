@@ -5,14 +5,14 @@ mod common;
 
 use common::ask::{answer, ask, eventually, request, tokens};
 use common::{GEMMA3, PROMPTS, SMOLLM2, model};
-use freehold_engine::{Engine, EngineOptions, GenerateRequest};
+use freehold_engine::{Engine, EngineOptions, GenerateRequest, Precision};
 
 /// The model computes with 32-bit floats, which takes several times as long as its draft: the same file at 8 bits.
 fn options() -> EngineOptions {
     EngineOptions {
         context_length: Some(640),
         max_sequences: 4,
-        exact: true,
+        precision: Precision::Float,
         ..EngineOptions::default()
     }
 }
@@ -87,7 +87,7 @@ fn where_the_cache_is_full_there_are_fewer_guesses_and_the_same_answers() {
         context_length: Some(128),
         kv_tokens: Some(128),
         prefix_tokens: Some(0),
-        exact: false,
+        precision: Precision::Standard,
         ..options()
     };
     let plain = EngineOptions {

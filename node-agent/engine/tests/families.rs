@@ -12,7 +12,7 @@ use common::ask::{answer, request, tokens};
 use common::gguf::{
     F32, Gguf, Tensor as Stored, tiny_gemma_of, tiny_granite, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3,
 };
-use freehold_engine::{Engine, EngineOptions, KvType};
+use freehold_engine::{Engine, EngineOptions, KvType, Precision};
 
 type Step = Box<dyn FnMut(&Tensor, usize) -> candle_core::Result<Tensor>>;
 
@@ -70,7 +70,7 @@ fn equals_the_oracle_of(
 fn engine(path: &Path) -> Engine {
     let options = EngineOptions {
         kv_type: KvType::F32,
-        exact: true,
+        precision: Precision::Float,
         ..EngineOptions::default()
     };
     Engine::load(path, &options, |_| ()).unwrap()
@@ -180,7 +180,7 @@ fn gemma_27b_divides_attention_by_the_root_of_hidden_size_by_heads() {
         std::fs::create_dir_all(&folder).unwrap();
         let options = EngineOptions {
             kv_type: KvType::F32,
-            exact: true,
+            precision: Precision::Float,
             through_candle,
             ..EngineOptions::default()
         };
@@ -269,7 +269,7 @@ fn phi3_takes_the_divisors_of_the_context_that_is_served() {
         std::fs::create_dir_all(&folder).unwrap();
         let options = EngineOptions {
             kv_type: KvType::F32,
-            exact: true,
+            precision: Precision::Float,
             context_length: Some(context),
             ..EngineOptions::default()
         };

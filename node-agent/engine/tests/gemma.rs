@@ -16,7 +16,7 @@ use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::gemma3;
 use common::ask::{answer, request, tokens};
 use common::{GEMMA3, PROMPTS, model};
-use freehold_engine::{Engine, EngineOptions, KvType, TokenLogprob};
+use freehold_engine::{Engine, EngineOptions, KvType, Precision, TokenLogprob};
 
 const CONTEXT: usize = 1024;
 const WINDOW: usize = 512;
@@ -108,7 +108,11 @@ fn engine(exact: bool) -> Engine {
     let options = EngineOptions {
         context_length: Some(CONTEXT as u32),
         kv_type: if exact { KvType::F32 } else { KvType::F16 },
-        exact,
+        precision: if exact {
+            Precision::Float
+        } else {
+            Precision::Standard
+        },
         ..EngineOptions::default()
     };
     Engine::load(&model(GEMMA3), &options, |_| ()).unwrap()

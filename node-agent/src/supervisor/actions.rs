@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use freehold_crds::{Device, KvType};
+use freehold_crds::{Device, KvType, Precision};
 use freehold_rules::plan::memory::{context_length, estimate, kv_cache_tokens};
 use freehold_rules::supervise::{Action, Event, Stage};
 use tokio::sync::watch;
@@ -180,6 +180,9 @@ impl Supervisor {
             }
             .into(),
         );
+        if engine.precision == Precision::High {
+            option("--precision", "high".into());
+        }
         if engine.kv_cache_tokens.is_some() {
             let context = context_length(model.facts.context_length, engine);
             option("--kv-tokens", kv_cache_tokens(context, engine).to_string().into());

@@ -17,7 +17,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use freehold_crds::Device;
 use freehold_crds::conditions::reason;
-use freehold_engine::{DeviceChoice, Engine, EngineOptions, InvalidModel, KvType, LoadModel};
+use freehold_engine::{DeviceChoice, Engine, EngineOptions, InvalidModel, KvType, LoadModel, Precision};
 use freehold_gateway::worker::{WorkerFailed, WorkerLine, WorkerLoading, WorkerReady};
 use sha2::Digest;
 use tokio::net::UnixListener;
@@ -55,6 +55,9 @@ pub struct WorkerArgs {
     /// Number format of the KV cache
     #[arg(long, value_enum, default_value_t = KvArg::F16)]
     pub kv: KvArg,
+    /// How finely activations are rounded
+    #[arg(long, value_enum, default_value_t = PrecisionArg::Standard)]
+    pub precision: PrecisionArg,
     /// Tokens that the KV cache holds for all requests [default: the full context of each]
     #[arg(long)]
     pub kv_tokens: Option<u32>,
@@ -97,6 +100,24 @@ pub enum KvArg {
     F32,
     /// 8-bit integers with scales.
     Q8,
+}
+
+/// How finely activations are rounded, on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PrecisionArg {
+    /// To 8 bits.
+    Standard,
+    /// To 16 bits: answers as with 32-bit floats, more to compute.
+    High,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(argument: PrecisionArg) -> Self {
+        match argument {
+            PrecisionArg::Standard => Self::Standard,
+            PrecisionArg::High => Self::High,
+        }
+    }
 }
 
 /// Loads the model and serves it until stdin closes. Does not return before the process should end.
@@ -147,6 +168,7 @@ fn load(args: &WorkerArgs) -> Result<(Engine, WorkerReady), LoadModel> {
         kv_tokens: args.kv_tokens,
         prefix_tokens: args.prefix_tokens,
         speculate: args.speculate,
+        precision: args.precision.into(),
         kv_type: match args.kv {
             KvArg::F16 => KvType::F16,
             KvArg::F32 => KvType::F32,

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use freehold_crds::SYSTEM_NAMESPACE;
 use freehold_crds::inference_node::{InferenceNodeSpec, Phase};
+use freehold_crds::{Precision, SYSTEM_NAMESPACE};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::Api;
 use kube::api::{DeleteParams, PostParams};
+use serde_json::json;
 
 use crate::harness::{Machine, NODE, Setup, assignment, chat_model, eventually, spec};
 
@@ -136,5 +137,34 @@ async fn deleted_object_changes_nothing_until_a_new_one_comes() {
     // The status is told anew although nothing of it has changed.
     let instance = machine.phase(&chat.name, Phase::Ready).await;
     assert_eq!(instance.restarts, 0);
+    machine.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_precision_that_is_asked_for_is_what_the_worker_computes_with() {
+    let plain = assignment("plain", "one", &chat_model());
+    let mut high = assignment("high", "one", &chat_model());
+    high.engine.precision = Precision::High;
+    let assignments = [plain, high];
+    let mut machine = Machine::start(Setup::default(), spec(&assignments)).await;
+    let mut likely = Vec::new();
+    for assignment in &assignments {
+        machine.phase(&assignment.name, Phase::Ready).await;
+        machine.chat_until_answered(&assignment.deployment).await;
+        let body = json!({
+            "model": assignment.deployment,
+            "prompt": "The capital of France is",
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": 1,
+        });
+        let (status, body) = machine.post("/v1/completions", body).await;
+        assert_eq!(status, 200, "{body}");
+        let logprob = &body["choices"][0]["logprobs"]["token_logprobs"][0];
+        likely.push(logprob.as_f64().expect("a number"));
+    }
+    // Rounding to 8 bits moves it by some hundredths.
+    let apart = (likely[0] - likely[1]).abs();
+    assert!(apart > 1e-5 && apart < 0.3, "{likely:?}");
     machine.stop().await;
 }

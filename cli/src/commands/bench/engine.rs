@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 use freehold_engine::{
     DeviceChoice, Engine, EngineOptions, FinishReason, Finished, GenerateEvent, GenerateRequest, ModelKind,
-    Prompt, SamplingParams,
+    Precision, Prompt, SamplingParams,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -39,6 +39,7 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
         max_sequences: u32::try_from(most)?,
         threads: plan.threads,
         instructions: plan.instructions.clone(),
+        precision: plan.precision,
         // What the machine computes is measured, and not what it need not compute.
         prefix_tokens: Some(0),
         speculate: false,
@@ -98,6 +99,11 @@ pub fn measure(path: &Path, plan: &Plan, mut step: impl FnMut(&str)) -> Result<E
             .clone()
             .or_else(|| freehold_engine::instructions().into_iter().next())
             .unwrap_or_default(),
+        precision: match plan.precision {
+            Precision::Standard => "standard",
+            Precision::High => "high",
+            Precision::Float => "float",
+        },
         load_ms: Samples::new(load_ms),
         resident_loaded_bytes,
         resident_worked_bytes,

@@ -14,6 +14,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use freehold_engine::Precision;
+use freehold_node_agent::worker::PrecisionArg;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::output;
@@ -36,6 +38,9 @@ pub struct Arguments {
     /// Vector instructions that the engine alone computes with, such as avx2; the best of this processor if absent
     #[arg(long, value_name = "NAME", conflicts_with = "http")]
     pub instructions: Option<String>,
+    /// How finely activations are rounded; of the engine alone
+    #[arg(long, value_enum, default_value_t = PrecisionArg::Standard, conflicts_with = "http")]
+    pub precision: PrecisionArg,
     /// How often each is measured; the median is shown
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = positive)]
     pub rounds: usize,
@@ -61,7 +66,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
     pub window: usize,
     /// Compute --perplexity in 32-bit floats throughout: what rounding costs is the difference
-    #[arg(long, requires = "perplexity")]
+    #[arg(long, requires = "perplexity", conflicts_with = "precision")]
     pub exact: bool,
     /// Measure concurrent chats too: through this gateway, or without URL through one started for it
     #[arg(long, value_name = "URL", num_args = 0..=1)]
@@ -89,6 +94,7 @@ fn positive(text: &str) -> Result<usize, String> {
 pub struct Plan {
     threads: Option<u32>,
     instructions: Option<String>,
+    precision: Precision,
     rounds: usize,
     prompt_tokens: usize,
     decode_tokens: usize,
@@ -108,6 +114,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         json,
         threads,
         instructions,
+        precision,
         rounds,
         prompt_tokens,
         decode_tokens,
@@ -127,7 +134,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
             model: PathBuf::from(model),
             text,
             window,
-            exact,
+            precision: if exact { Precision::Float } else { precision.into() },
             threads,
             instructions,
         };
@@ -136,6 +143,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     let plan = Plan {
         threads,
         instructions,
+        precision: precision.into(),
         rounds,
         prompt_tokens,
         decode_tokens,
@@ -243,7 +251,14 @@ fn lines(report: &Report, rounds: usize) -> Vec<String> {
         } else {
             engine.device
         };
-        lines.push(format!("{}, {computed}, medians of {rounds}", engine.model));
+        let precision = match engine.precision {
+            "standard" => String::new(),
+            precision => format!(", {precision} precision"),
+        };
+        lines.push(format!(
+            "{}, {computed}{precision}, medians of {rounds}",
+            engine.model
+        ));
         lines.extend(output::align(&engine_rows(engine)));
     }
     if let Some(http) = &report.http {

@@ -29,6 +29,8 @@ pub struct EngineFigures {
     pub device: &'static str,
     /// Vector instructions that the CPU's kernels were of; what a GPU leaves to the CPU runs on them too.
     pub instructions: String,
+    /// How finely activations were rounded: `standard` or `high`.
+    pub precision: &'static str,
     /// Milliseconds from opening the file to the end of the first forward pass.
     pub load_ms: Samples,
     /// Bytes of this process in memory after the load; absent where the system does not tell.

@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use freehold_engine::{Engine, EngineOptions, KvType, Special};
+use freehold_engine::{Engine, EngineOptions, KvType, Precision, Special};
 use serde::Serialize;
 
 /// What to read, and how.
@@ -19,8 +19,8 @@ pub struct Reading {
     pub text: PathBuf,
     /// Tokens in a window.
     pub window: usize,
-    /// In 32-bit floats throughout, the cache too.
-    pub exact: bool,
+    /// How finely the engine computes; with floats its cache has them too.
+    pub precision: Precision,
     /// Threads that compute.
     pub threads: Option<u32>,
     /// Vector instructions; the best if absent.
@@ -47,7 +47,7 @@ pub fn measure(reading: &Reading, mut step: impl FnMut(usize, usize)) -> Result<
         model,
         text,
         window,
-        exact,
+        precision,
         threads,
         instructions,
     } = reading;
@@ -58,8 +58,11 @@ pub fn measure(reading: &Reading, mut step: impl FnMut(usize, usize)) -> Result<
         max_sequences: 1,
         threads: *threads,
         instructions: instructions.clone(),
-        exact: *exact,
-        kv_type: if *exact { KvType::F32 } else { KvType::F16 },
+        precision: *precision,
+        kv_type: match precision {
+            Precision::Float => KvType::F32,
+            Precision::Standard | Precision::High => KvType::F16,
+        },
         prefix_tokens: Some(0),
         speculate: false,
         ..EngineOptions::default()

@@ -12,6 +12,7 @@ use candle_nn::rotary_emb::{rope, rope_i};
 use super::Beginning;
 use super::step::{Angles, Group, Step};
 use crate::LoadModel;
+use crate::engine::Precision;
 use crate::gguf::GgufFile;
 use crate::inspect::KvType;
 use crate::kernels::attention::BLOCK_TOKENS;
@@ -97,7 +98,7 @@ impl DeviceDecoder {
         let source = Source {
             file,
             device,
-            exact: beginning.options.exact,
+            exact: beginning.options.precision == Precision::Float,
         };
         let number = match beginning.options.kv_type {
             KvType::F32 => DType::F32,

@@ -16,11 +16,11 @@ use candle_core::Device;
 use tracing::{info, warn};
 
 use crate::LoadModel;
-use crate::engine::{DeviceChoice, EngineOptions, LoadProgress};
+use crate::engine::{DeviceChoice, EngineOptions, LoadProgress, Precision};
 use crate::error::quote;
 use crate::gguf::GgufFile;
 use crate::inspect::KvType;
-use crate::kernels::{Compute, Dispatch, WeightPrecision, available_threads};
+use crate::kernels::{Compute, Dispatch, Rounding, WeightPrecision, available_threads};
 use crate::kv::{BlockTable, KvCache};
 use crate::model::{Decoder, DecoderConfig, Row};
 use decoder::DeviceDecoder;
@@ -182,6 +182,9 @@ fn unfit(options: &EngineOptions, architecture: &str) -> Option<String> {
     if options.kv_type == KvType::Q8 {
         return Some("a KV cache of 8 bits is kept on the CPU only".to_owned());
     }
+    if options.precision == Precision::High {
+        return Some("precision High is computed on the CPU only".to_owned());
+    }
     (!ARCHITECTURES.contains(&architecture)).then(|| {
         let known = ARCHITECTURES.join(", ");
         format!("on devices this version computes {known}, and this model is {architecture}")
@@ -261,16 +264,16 @@ fn on_cpu(
         Some(shared) => shared.clone(),
         None => self::compute(options)?,
     };
-    let precision = if options.exact {
-        WeightPrecision::Float
-    } else {
-        WeightPrecision::Native
+    let (weights, rounding) = match options.precision {
+        Precision::Standard => (WeightPrecision::Native, Rounding::Once),
+        Precision::High => (WeightPrecision::Native, Rounding::Twice),
+        Precision::Float => (WeightPrecision::Float, Rounding::Once),
     };
     let decoder = Decoder::load(
         file,
         config.clone(),
-        compute,
-        precision,
+        compute.with_rounding(rounding),
+        weights,
         |layers_done, layers_total| {
             progress(LoadProgress {
                 layers_done,
@@ -388,6 +391,11 @@ mod tests {
             ..EngineOptions::default()
         };
         assert!(unfit(&options, "llama").expect("unfit").contains("8 bits"));
+        let options = EngineOptions {
+            precision: Precision::High,
+            ..EngineOptions::default()
+        };
+        assert!(unfit(&options, "llama").expect("unfit").contains("High"));
         assert_eq!(unfit(&EngineOptions::default(), "qwen3"), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::device::{self, Beginning};
-use crate::engine::EngineOptions;
+use crate::engine::{EngineOptions, Precision};
 use crate::gguf::GgufFile;
 use crate::kernels::Compute;
 use crate::kernels::attention::BLOCK_TOKENS;
@@ -54,9 +54,9 @@ fn begin(
     }
     let mut config = DecoderConfig::from_gguf(&file)?;
     config.serve_context(blocks * BLOCK_TOKENS);
-    // What it guesses is checked: nobody needs it to be exact.
+    // What it guesses is checked: nobody needs it to be precise.
     let options = EngineOptions {
-        exact: false,
+        precision: Precision::Standard,
         ..options.clone()
     };
     let beginning = Beginning {

@@ -28,7 +28,7 @@ pub(crate) use counters::{Counters, StepCount};
 use types::DEFAULT_CONTEXT;
 pub use types::{
     DeviceChoice, Embeddings, EngineOptions, FinishReason, Finished, GenerateEvent, GenerateRequest,
-    GenerationHandle, LoadProgress, Progress, Prompt, Sink, TokenLogprob,
+    GenerationHandle, LoadProgress, Precision, Progress, Prompt, Sink, TokenLogprob,
 };
 
 enum Task {

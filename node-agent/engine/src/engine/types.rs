@@ -53,8 +53,8 @@ pub struct EngineOptions {
     pub threads: Option<u32>,
     /// Vector instructions to compute with on the CPU, one of [`crate::instructions`]; None: the best.
     pub instructions: Option<String>,
-    /// Computes with 32-bit floats throughout, whatever the file holds: slow and large, for checking.
-    pub exact: bool,
+    /// How finely numbers are kept while a decoder computes; embedding models compute with the standard one.
+    pub precision: Precision,
     /// Computes by candle's tensors on the CPU, as it is done on GPUs: slow, for checking that code.
     pub through_candle: bool,
 }
@@ -73,10 +73,23 @@ impl Default for EngineOptions {
             draft: None,
             threads: None,
             instructions: None,
-            exact: false,
+            precision: Precision::Standard,
             through_candle: false,
         }
     }
+}
+
+/// How finely a decoder computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Activations are rounded to 8 bits before they meet quantised weights; with matrix units, those of prompts to bfloat16.
+    #[default]
+    Standard,
+    /// Activations keep 16 bits before quantised weights, so that answers are those of 32-bit floats but where two tokens are all
+    /// but equally likely. More to compute: see docs/benchmarks.md. On the CPU only.
+    High,
+    /// 32-bit floats throughout, whatever the file holds: slow and large, for checking.
+    Float,
 }
 
 /// Longest context when none is asked for.

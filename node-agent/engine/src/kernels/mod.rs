@@ -4,7 +4,7 @@
 //! ```text
 //! weights.rs   GGUF blocks repacked into tiles of 16 rows (unpack.rs knows the formats)
 //! memory.rs    where they lie
-//! rows.rs      activations as 8-bit integers with scales
+//! rows.rs      activations as 8-bit integers with scales; split.rs: in two parts
 //! product.rs   tiles x rows, ragged batches of any height   ┐
 //! tile.rs      one tile x some rows: the innermost loops    │
 //! floats.rs    the same for weights that are not quantised  │
@@ -48,6 +48,7 @@ pub(crate) mod pool;
 mod product;
 mod rows;
 mod simd;
+mod split;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -62,6 +63,7 @@ pub(crate) use memory::Memory;
 pub(crate) use pool::Pool;
 pub(crate) use product::{Combine, Gate, Rows, Target};
 pub(crate) use rows::QuantizedRows;
+pub(crate) use split::Rounding;
 pub(crate) use weights::{Matrix, WeightPrecision};
 
 use simd::{Portable, Simd};
@@ -272,11 +274,12 @@ fn avx2<O: Operation>(operation: O) -> O::Output {
     operation.run(unsafe { x86::Avx2::<false>::new() })
 }
 
-/// Threads and instructions: what everything is computed with.
+/// Threads, instructions and rounding: what everything is computed with.
 #[derive(Clone)]
 pub(crate) struct Compute {
     pub(crate) pool: Pool,
     pub(crate) dispatch: Dispatch,
+    pub(crate) rounding: Rounding,
 }
 
 impl Compute {
@@ -286,6 +289,11 @@ impl Compute {
         return self.dispatch.units().is_some();
         #[cfg(not(target_arch = "x86_64"))]
         false
+    }
+
+    /// The same with this rounding.
+    pub(crate) fn with_rounding(self, rounding: Rounding) -> Self {
+        Self { rounding, ..self }
     }
 
     /// The same without matrix units.
@@ -306,6 +314,7 @@ impl Compute {
         Ok(Self {
             pool: Pool::new(threads)?,
             dispatch,
+            rounding: Rounding::Once,
         })
     }
 }

@@ -57,6 +57,7 @@ impl Compute {
     /// # Panics
     /// When shapes do not fit.
     pub(crate) fn product(&self, rows: Rows<'_>, targets: &mut [Target<'_>], combine: Combine) {
+        let parts = self.parts(targets.iter().map(|target| target.matrix));
         let mut tiles = Vec::with_capacity(targets.len());
         let mut total = 0;
         let mut count = 0;
@@ -80,14 +81,15 @@ impl Compute {
                 .map(|pair| Pair::Tiles(pair[0], pair.get(1).copied()))
                 .collect()
         });
-        let groups: Vec<Group> = self.groups(count - of_prompts).collect();
+        let rows_of_parts = (count - of_prompts) * parts;
+        let groups: Vec<Group> = self.groups(rows_of_parts).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         let reading = targets.last().and_then(|target| target.matrix.next());
         let next = reading.map(|reading| self.fetches(reading));
         let columns = targets.first().map_or(0, |target| target.matrix.columns());
         self.pool.run_before(
             total * pieces.len(),
-            at_once(count - of_prompts, columns),
+            at_once(rows_of_parts, columns),
             &|unit| {
                 let (piece, tile) = (pieces[unit / total], unit % total);
                 let index = tiles.partition_point(|(first, ..)| *first <= tile) - 1;
@@ -97,6 +99,7 @@ impl Compute {
                     tile: tile - first,
                     gate: None,
                     rows,
+                    parts,
                     piece,
                     out,
                     combine,
@@ -140,19 +143,22 @@ impl Compute {
         });
         #[cfg(not(target_arch = "x86_64"))]
         let _ = next;
-        let groups: Vec<Group> = self.groups(count - of_prompts).collect();
+        let parts = self.parts([gate.0, up].into_iter());
+        let rows_of_parts = (count - of_prompts) * parts;
+        let groups: Vec<Group> = self.groups(rows_of_parts).collect();
         let pieces: Vec<&[Group]> = groups.chunks(GROUPS_PER_PIECE).collect();
         let total = up.tiles();
         let next = up.next().map(|reading| self.fetches(reading));
         self.pool.run_before(
             total * pieces.len(),
-            at_once(count - of_prompts, 2 * up.columns()),
+            at_once(rows_of_parts, 2 * up.columns()),
             &|unit| {
                 self.piece(Piece {
                     matrix: up,
                     tile: unit % total,
                     gate: Some(gate),
                     rows,
+                    parts,
                     piece: pieces[unit / total],
                     out,
                     combine: Combine::Store,
@@ -160,6 +166,15 @@ impl Compute {
             },
             next.as_ref().map(|next| next as &Next<'_>),
         );
+    }
+
+    /// Rows that each row is for products with these matrices.
+    fn parts<'a>(&self, mut matrices: impl Iterator<Item = &'a Matrix>) -> usize {
+        if matrices.any(Matrix::is_quantized) {
+            self.rounding.parts()
+        } else {
+            1
+        }
     }
 
     /// What each thread asks of memory while it waits for the next product.
@@ -228,9 +243,10 @@ impl Rows<'_> {
                 "rows were rounded for products with other formats"
             );
             assert_eq!(self.quantized.of_prompts(), of_prompts);
+            assert_eq!(self.quantized.rounding(), compute.rounding);
             #[cfg(target_arch = "x86_64")]
             assert!(of_prompts == 0 || self.quantized.as_bf16().columns() == matrix.columns());
-            let left = compute.groups(count - of_prompts);
+            let left = compute.groups((count - of_prompts) * compute.rounding.parts());
             assert!(self.quantized.groups().iter().copied().eq(left));
         }
         count
@@ -243,6 +259,8 @@ struct Piece<'a> {
     tile: usize,
     gate: Option<(&'a Matrix, Gate)>,
     rows: Rows<'a>,
+    /// Rows of the groups that a row of the product comes of: one after the other, all in one group.
+    parts: usize,
     piece: &'a [Group],
     out: SharedMut<f32>,
     combine: Combine,
@@ -297,16 +315,39 @@ impl Operation for Few<'_> {
 }
 
 impl Piece<'_> {
+    /// Writes the products of the piece's rows with a matrix, and gives their number.
+    #[inline(always)]
+    fn times<S: Simd, const MANY: bool>(&self, simd: S, matrix: &Matrix, products: &mut Products) -> usize {
+        multiply::<S, MANY>(
+            simd,
+            matrix,
+            self.tile,
+            self.rows,
+            (self.piece, self.parts),
+            products,
+        );
+        let rows = self.piece.iter().map(|group| group.rows).sum::<usize>() / self.parts;
+        if self.parts == 2 && matrix.is_quantized() {
+            for row in 0..rows {
+                // SAFETY: `multiply` has written both parts' numbers. The row's place is one of theirs, or of a row before.
+                unsafe {
+                    let [first, rest] = [2 * row, 2 * row + 1].map(|part| simd.load(products.row(part)));
+                    simd.store(products.row(row), simd.add(first, rest));
+                }
+            }
+        }
+        rows
+    }
+
     #[inline(always)]
     fn run<S: Simd, const MANY: bool>(self, simd: S) {
         let mut products = Products::new();
-        multiply::<S, MANY>(simd, self.matrix, self.tile, self.rows, self.piece, &mut products);
-        let rows: usize = self.piece.iter().map(|group| group.rows).sum();
+        let rows = self.times::<S, MANY>(simd, self.matrix, &mut products);
         if let Some((gate, kind)) = self.gate {
             let mut gates = Products::new();
-            multiply::<S, MANY>(simd, gate, self.tile, self.rows, self.piece, &mut gates);
+            self.times::<S, MANY>(simd, gate, &mut gates);
             for row in 0..rows {
-                // SAFETY: `multiply` has written the 16 numbers of each of these rows, in both.
+                // SAFETY: `times` has written the 16 numbers of each of these rows, in both.
                 unsafe {
                     let place = products.row(row);
                     let x = simd.load(gates.row(row));
@@ -320,10 +361,10 @@ impl Piece<'_> {
         }
         let (width, column) = (self.matrix.rows(), self.tile * LANES);
         let columns = LANES.min(width - column);
-        let first_row = self.piece.first().map_or(0, |group| group.first_row);
+        let first_row = self.piece.first().map_or(0, |group| group.first_row) / self.parts;
         for row in 0..rows {
             let products = products.row(row);
-            // SAFETY: `multiply` has written these numbers. `out` is `[rows, width]`, asserted where the
+            // SAFETY: `times` has written these numbers. `out` is `[rows, width]`, asserted where the
             // pieces are made; this piece alone writes these columns of these rows.
             unsafe {
                 let to = self.out.at((first_row + row) * width + column);

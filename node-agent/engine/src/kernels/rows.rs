@@ -8,6 +8,7 @@ use super::amx::HalfTile;
 use super::bf16::Bf16Rows;
 use super::pool::SharedMut;
 use super::simd::{LANES, Simd};
+use super::split::Rounding;
 use super::vector::Norm;
 use super::weights::Matrix;
 use super::{Compute, Operation};
@@ -101,6 +102,10 @@ struct Part {
 pub(crate) struct QuantizedRows {
     columns: usize,
     wanted: Corrections,
+    /// With [`Rounding::Twice`] each row lies here as two.
+    rounding: Rounding,
+    /// Room for those two before they are rounded.
+    parts: Vec<f32>,
     groups: Vec<Group>,
     /// Shape of a group: `[columns / 4, rows]`, each four values.
     values: Vec<[i8; 4]>,
@@ -170,6 +175,10 @@ impl QuantizedRows {
 
     pub(super) fn groups(&self) -> &[Group] {
         &self.groups
+    }
+
+    pub(super) fn rounding(&self) -> Rounding {
+        self.rounding
     }
 
     /// Rows that matrix units multiply; they come last.
@@ -247,6 +256,19 @@ impl QuantizedRows {
         matrices: &[&Matrix],
         norm: Option<Norm<'_>>,
     ) {
+        self.rounding = compute.rounding;
+        match compute.rounding {
+            Rounding::Once => self.round(compute, x, matrices, norm),
+            Rounding::Twice => {
+                let mut parts = std::mem::take(&mut self.parts);
+                compute.split(x, matrices[0].columns(), norm, &mut parts);
+                self.round(compute, &parts[..2 * x.len()], matrices, None);
+                self.parts = parts;
+            }
+        }
+    }
+
+    fn round(&mut self, compute: &Compute, x: &[f32], matrices: &[&Matrix], norm: Option<Norm<'_>>) {
         let columns = matrices[0].columns();
         let wanted = matrices.iter().fold(Corrections::default(), |wanted, matrix| {
             wanted.with(matrix.correction())
@@ -329,7 +351,7 @@ impl Operation for Quantize<'_> {
 }
 
 /// A block whose largest number is below this is multiplied as if that were it: 127 through less is infinite.
-const TINY: f32 = 3.75e-37;
+pub(super) const TINY: f32 = 3.75e-37;
 
 /// Numbers of a block of a group, one of each row; what lies behind the last row is of no account.
 type OfRows<T> = [T; LANES];

@@ -7,6 +7,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::attention::{Attention, BLOCK_TOKENS, Cache, Numbers, Run, SCALE_DIMS, padded};
+use super::rows::TINY;
 use super::vector::{Norm, Turn, argmax};
 use super::*;
 
@@ -14,6 +15,7 @@ mod attention;
 mod levels;
 mod pace;
 mod rows;
+mod split;
 #[cfg(target_arch = "x86_64")]
 mod units;
 
@@ -41,6 +43,7 @@ fn contexts() -> impl Iterator<Item = Compute> {
         [1, 3].map(|threads| Compute {
             pool: Pool::new(threads).unwrap(),
             dispatch,
+            rounding: Rounding::Once,
         })
     })
 }

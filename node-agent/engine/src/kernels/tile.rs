@@ -10,14 +10,15 @@ use super::rows::{BLOCK, GROUP, Group, GroupView};
 use super::simd::{LANES, Simd};
 use super::weights::{Format, Layout, Matrix, SIX_BIT_WORDS, six_bits_at, with_layout};
 
-/// Writes the products of all rows of a piece, which has full groups only if there are `MANY`.
+/// Writes the products of all rows of a piece, which has full groups only if there are `MANY`. Where a row comes in `parts`, so do
+/// its products, and a matrix of floats takes each row once.
 #[inline(always)]
 pub(super) fn multiply<S: Simd, const MANY: bool>(
     simd: S,
     matrix: &Matrix,
     tile: usize,
     rows: Rows<'_>,
-    piece: &[Group],
+    (piece, parts): (&[Group], usize),
     products: &mut Products,
 ) {
     let data = matrix.tile(tile);
@@ -39,7 +40,7 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
         }, _ => {});
     }
     // Where a panel was, its products have asked already.
-    let single = matches!(piece, [group] if group.rows == 1);
+    let single = matches!(piece, [group] if group.rows == parts);
     let mut ahead = if done > 0 || single && matrix.is_read_ahead() {
         Ahead::nothing()
     } else {
@@ -50,8 +51,8 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
         )
     };
     for &group in left {
-        let out = products.rows(done, group.rows);
         with_layout!(matrix.format(), L => {
+            let out = products.rows(done, group.rows);
             let view = rows.quantized.view(group);
             let blocks = view.scales.len() / group.rows;
             assert!(blocks.is_multiple_of(L::SHARED));
@@ -60,9 +61,10 @@ pub(super) fn multiply<S: Simd, const MANY: bool>(
             // the group; `out` has room for the group's rows.
             unsafe { quantized_group::<S, L, MANY>(simd, data, &mut ahead, view, out) }
         }, _ => {
-            let columns = matrix.columns();
-            let x = &rows.floats[group.first_row * columns..(group.first_row + group.rows) * columns];
-            // SAFETY: a tile of floats holds 16 numbers for each column; `x` and `out` are the group's.
+            let (columns, first, count) = (matrix.columns(), group.first_row / parts, group.rows / parts);
+            let out = products.rows(done / parts, count);
+            let x = &rows.floats[first * columns..(first + count) * columns];
+            // SAFETY: a tile of floats holds 16 numbers for each column; `x` and `out` are those of the group's rows.
             unsafe {
                 match matrix.format() {
                     Format::F16 => float_group::<S, HalfPrecision>(simd, data, x, columns, out),

@@ -10,7 +10,9 @@ use crate::LoadModel;
 use crate::gguf::GgufFile;
 use crate::kernels::attention::{Attention, Run};
 use crate::kernels::vector::for_each_row;
-use crate::kernels::{Combine, Compute, Gate, Matrix, Memory, QuantizedRows, Rows, Target, WeightPrecision};
+use crate::kernels::{
+    Combine, Compute, Gate, Matrix, Memory, QuantizedRows, Rounding, Rows, Target, WeightPrecision,
+};
 use crate::kv::{BlockTable, KvCache, KvShape, LayerCache};
 
 struct Layer {
@@ -113,8 +115,9 @@ impl Decoder {
         }
         link(&layers, &output);
         let norm = source.norm("output_norm.weight", hidden, config.norm_epsilon)?;
-        // Who has floats, or asks for them, wants no attention with 8 significant bits either.
-        let compute = if layers.iter().flat_map(Layer::matrices).all(Matrix::is_quantized) {
+        // Who has floats, or asks for more bits, wants no products or attention with 8 significant ones either.
+        let rounded = layers.iter().flat_map(Layer::matrices).all(Matrix::is_quantized);
+        let compute = if rounded && compute.rounding == Rounding::Once {
             compute
         } else {
             compute.without_units()

@@ -188,6 +188,7 @@ fn results_are_the_same_to_the_bit_however_the_work_is_cut() {
                 let compute = Compute {
                     pool: Pool::new(threads).unwrap(),
                     dispatch,
+                    rounding: Rounding::Once,
                 };
                 let mut out = vec![0.0; queries.len()];
                 compute.attend(&attention, &cache, runs, (queries, None), &mut out);

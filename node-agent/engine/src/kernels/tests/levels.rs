@@ -19,6 +19,7 @@ fn fused() -> Vec<Compute> {
         .map(|dispatch| Compute {
             pool: Pool::new(1).unwrap(),
             dispatch,
+            rounding: Rounding::Once,
         })
         .collect()
 }
