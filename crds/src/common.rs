@@ -159,6 +159,14 @@ pub enum Precision {
     High,
 }
 
+impl Precision {
+    /// What is not written out: a model whose precision nobody chose keeps the revision that it had before there was a choice.
+    #[must_use]
+    pub fn is_standard(&self) -> bool {
+        *self == Self::Standard
+    }
+}
+
 /// Whether a rule holds or only records.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Enforcement {

@@ -304,8 +304,8 @@ pub struct EngineSettings {
     /// How finely activations are rounded before they meet quantised weights. `Standard`: to 8 bits, as llama.cpp does it; where
     /// two tokens are nearly as likely, the other one may be written. `High`: to 16 bits; answers are those of 32-bit floats but
     /// where two tokens are all but equally likely, prompts and many requests at once take up to twice as long, and the model
-    /// runs on the CPU.
-    #[serde(default)]
+    /// runs on the CPU. Absent: `Standard`.
+    #[serde(default, skip_serializing_if = "Precision::is_standard")]
     pub precision: Precision,
     /// Tokens that the KV cache holds for all requests together; at least one context is. Absent: a full
     /// context for each request. Less memory is reserved with less: requests then share it, and when it
